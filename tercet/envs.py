@@ -1,0 +1,67 @@
+"""Environment variables that Tercet reads: all of them, in one place.
+
+A variable is read when it is asked for, never at import, so that a test or a host program may set it late.
+Tercet itself sets none.
+
+    from tercet import envs
+    envs.TERCET_CACHE_ROOT  # -> pathlib.Path
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tercet.errors import ConfigError
+
+LOGGING_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+if TYPE_CHECKING:
+    TERCET_CACHE_ROOT: Path
+    TERCET_LOGGING_LEVEL: str
+    TERCET_OPS: str
+
+
+def _cache_root() -> Path:
+    """Folder of fetched models and converted tokenizers; default $XDG_CACHE_HOME/tercet, ~/.cache/tercet."""
+    if value := os.environ.get("TERCET_CACHE_ROOT"):
+        return Path(value).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tercet"
+
+
+def _logging_level() -> str:
+    """Least severe level that Tercet's processes log: DEBUG, INFO (default), WARNING, ERROR or CRITICAL."""
+    value = os.environ.get("TERCET_LOGGING_LEVEL", "INFO").strip().upper()
+    if value not in LOGGING_LEVELS:
+        levels = ", ".join(LOGGING_LEVELS)
+        raise ConfigError("TERCET_LOGGING_LEVEL", f"must be one of {levels}; got {value!r}")
+    return value
+
+
+def _ops() -> str:
+    """Kernels to use: empty (the best), 'reference', or a list such as 'paged_attention=reference'."""
+    return os.environ.get("TERCET_OPS", "").strip()
+
+
+_READERS: dict[str, Callable[[], Any]] = {
+    "TERCET_CACHE_ROOT": _cache_root,
+    "TERCET_LOGGING_LEVEL": _logging_level,
+    "TERCET_OPS": _ops,
+}
+
+
+def __getattr__(name: str) -> Any:
+    reader = _READERS.get(name)
+    if reader is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return reader()
+
+
+def __dir__() -> list[str]:
+    return sorted(_READERS)
+
+
+def describe() -> dict[str, tuple[str, str]]:
+    """Every variable -> (current value as text, what it does); `tercet collect-env` prints it."""
+    return {name: (str(reader()), reader.__doc__ or "") for name, reader in _READERS.items()}
