@@ -1,0 +1,90 @@
+"""The child's side of a process that Tercet starts: its configuration, its readiness, its parent's death.
+
+Call `adopt()` first of all, before heavy imports: from then on the process ends with its parent, whatever it
+is doing. The parent's side is `process.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+_PR_SET_PDEATHSIG = 1
+_ORPHAN_EXIT_CODE = 64
+_ORPHAN_GRACE_S = 1.0  # for an orderly leave, which removes socket files
+
+
+class Progress(msgspec.Struct, tag="progress", frozen=True):
+    """child -> parent: still starting. `done` of `total` in this phase, 0 of 0 where it has no measure."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """child -> parent: started."""
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """child -> parent: cannot start, or is about to die; the process exits after it."""
+
+    problem: str
+
+
+Report = Progress | Ready | Failed
+
+
+class ChildProcess:
+    """What a process knows of its parent."""
+
+    def __init__(self, config: bytes, life_fd: int, report_fd: int) -> None:
+        self.config = config
+        self.life_fd = life_fd
+        self._report_fd = report_fd
+        self._encoder = msgspec.json.Encoder()
+        self.on_orphaned: Callable[[], None] | None = None  # called from the watching thread
+
+    def report(self, report: Report) -> None:
+        """Tell the parent; ignored once it is gone."""
+        try:
+            os.write(self._report_fd, self._encoder.encode(report) + b"\n")
+        except (BrokenPipeError, OSError):
+            pass
+
+    def _watch_parent(self) -> None:
+        while os.read(self.life_fd, 1):
+            pass
+        if self.on_orphaned is not None:
+            self.on_orphaned()
+            threading.Event().wait(_ORPHAN_GRACE_S)
+        os._exit(_ORPHAN_EXIT_CODE)
+
+
+def adopt(death_signal: signal.Signals = signal.SIGKILL) -> ChildProcess:
+    """Take over what the parent passed, and tie this process's life to it.
+
+    Two ties: a pipe whose end-of-file says that the parent is gone (a thread watches it), and, should this
+    process be stuck in native code, `death_signal` from the kernel.
+
+    Raises:
+        SystemExit: the process was not started by Tercet.
+    """
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("--fds="):
+        raise SystemExit("this module is started by Tercet itself; see `tercet --help`")
+    config_fd, life_fd, report_fd = (int(fd) for fd in sys.argv[1].removeprefix("--fds=").split(","))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; Ctrl-C must not race with it
+    with os.fdopen(config_fd, "rb") as file:
+        config = file.read()
+    for fd in (life_fd, report_fd):
+        os.set_inheritable(fd, False)
+    child = ChildProcess(config, life_fd, report_fd)
+    threading.Thread(target=child._watch_parent, name="parent-watch", daemon=True).start()
+    return child
