@@ -1,0 +1,71 @@
+"""The frontends attached to this core: who they are, whether they live, what they have not read yet."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from tercet.ipc.messages import Hello
+
+MAX_BACKLOG = 4096  # messages kept for a frontend that does not read, before it is given up
+
+
+@dataclass(slots=True)
+class Frontend:
+    """One attached frontend. `slot` is its number in the scheduler's columns."""
+
+    slot: int
+    peer: bytes  # identity of its socket
+    name: str
+    pidfd: int = -1  # readable once its process is gone; -1 where it runs on another host
+    backlog: deque[msgspec.Struct] = field(default_factory=deque)
+
+
+class Frontends:
+    """Frontends by identity, by slot and by pidfd."""
+
+    def __init__(self) -> None:
+        self.by_peer: dict[bytes, Frontend] = {}
+        self.by_slot: dict[int, Frontend] = {}
+        self.by_pidfd: dict[int, Frontend] = {}
+        self._next_slot = 1
+        self._host = host_id()
+
+    def __len__(self) -> int:
+        return len(self.by_peer)
+
+    def attach(self, peer: bytes, hello: Hello) -> Frontend:
+        """Admit a frontend, watching its process where it runs on this host."""
+        frontend = Frontend(self._next_slot, peer, hello.name)
+        self._next_slot += 1
+        if hello.host == self._host and hello.pid > 0:
+            try:
+                frontend.pidfd = os.pidfd_open(hello.pid)
+                self.by_pidfd[frontend.pidfd] = frontend
+            except OSError:  # gone already, or in another pid namespace: its socket will tell
+                frontend.pidfd = -1
+        self.by_peer[peer] = self.by_slot[frontend.slot] = frontend
+        return frontend
+
+    def detach(self, frontend: Frontend) -> None:
+        """Forget a frontend."""
+        self.by_peer.pop(frontend.peer, None)
+        self.by_slot.pop(frontend.slot, None)
+        if frontend.pidfd >= 0:
+            self.by_pidfd.pop(frontend.pidfd, None)
+            os.close(frontend.pidfd)
+            frontend.pidfd = -1
+
+
+def host_id() -> str:
+    """Equal for two processes only if they share a kernel: the host's name and the id of its boot."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}/{boot}"

@@ -1,0 +1,128 @@
+"""Start and end of the core process: sockets, the worker's Hello, readiness, orderly leave."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+
+from tercet import log
+from tercet.config import ProcessConfig
+from tercet.core_proc.core import Core, WorkerDiedError
+from tercet.core_proc.results import ResultError
+from tercet.core_proc.scheduler import Scheduler
+from tercet.errors import ConfigError
+from tercet.ipc import runtime_dir
+from tercet.ipc.channel import RouterEnd, Waiter
+from tercet.ipc.child import ChildProcess, Failed, Ready
+from tercet.ipc.messages import (
+    PROTOCOL_VERSION,
+    FrontendToCore,
+    WorkerFailed,
+    WorkerHello,
+    WorkerToCore,
+    WorkerWelcome,
+)
+
+logger = log.get_logger(__name__)
+
+
+class StartError(Exception):
+    """The core cannot start; starting again would not help."""
+
+
+def main(child: ChildProcess) -> int:
+    """Run the core; returns the exit code."""
+    log.configure("core")
+    config = msgspec.msgpack.decode(child.config, type=ProcessConfig)
+    stop_r, stop_w = os.pipe()
+
+    def stop(*_: object) -> None:
+        os.write(stop_w, b"x")
+
+    orphaned = []
+    child.on_orphaned = lambda: (orphaned.append(True), stop())[-1]
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        return _serve(config, child, stop_r)
+    except (StartError, ConfigError, WorkerDiedError, ResultError) as error:
+        logger.error("%s", error)
+        child.report(Failed(str(error)))
+        return 1
+    finally:
+        if orphaned or os.getppid() == 1:
+            runtime_dir.remove(Path(config.runtime_dir))
+
+
+def _serve(config: ProcessConfig, child: ChildProcess, stop_fd: int) -> int:
+    with RouterEnd[WorkerToCore](config.worker_address, WorkerToCore) as workers:
+        found = _await_worker(config, workers, stop_fd)
+        if found is None:
+            return 0
+        peer, hello = found
+        scheduler = _make_scheduler(config, hello)
+        workers.send(peer, WorkerWelcome(epoch=config.epoch, protocol_version=PROTOCOL_VERSION))
+        # Bound last: the socket's existence says that the engine is ready.
+        with RouterEnd[FrontendToCore](config.frontend_address, FrontendToCore) as frontends:
+            core = Core(config.engine, scheduler, peer, workers, frontends, stop_fd)
+            gc.collect()
+            gc.freeze()  # what lives now lives to the end: later collections need not walk it
+            child.report(Ready())
+            logger.info("ready at %s: %d blocks of %d tokens", config.frontend_address, *_size(scheduler))
+            try:
+                core.run()
+            except Exception:
+                logger.exception("the core cannot go on")
+                raise
+            finally:
+                core.close("the engine was shut down" if core.stopping else "the engine has died")
+    return 0
+
+
+def _await_worker(
+    config: ProcessConfig, workers: RouterEnd[WorkerToCore], stop_fd: int
+) -> tuple[bytes, WorkerHello] | None:
+    """The worker's Hello, however long it loads (its parent watches it); None where told to stop."""
+    waiter = Waiter()
+    waiter.add(workers)
+    waiter.add(stop_fd)
+    while True:
+        if stop_fd in waiter.wait(None):
+            return None
+        while (received := workers.recv_nowait()) is not None:
+            peer, message = received
+            match message:
+                case WorkerHello():
+                    _check_hello(config, message)
+                    return peer, message
+                case WorkerFailed(message=problem):
+                    raise StartError(problem)
+
+
+def _check_hello(config: ProcessConfig, hello: WorkerHello) -> None:
+    if hello.protocol_version != PROTOCOL_VERSION:
+        raise StartError(f"the worker speaks protocol {hello.protocol_version}, this core {PROTOCOL_VERSION}")
+    if hello.fingerprint != config.engine.fingerprint():
+        raise StartError("the worker was started with another configuration than this core")
+    tokens = (hello.num_blocks - 1) * config.engine.cache.block_size
+    needed = config.engine.model.max_model_len
+    if tokens < needed:
+        fix = f"give more kv_cache_memory_bytes, or set max_model_len to at most {max(tokens, 0)}"
+        raise StartError(f"the KV cache holds {max(tokens, 0)} tokens, a request may need {needed}: {fix}")
+
+
+def _make_scheduler(config: ProcessConfig, hello: WorkerHello) -> Scheduler:
+    return Scheduler(
+        config.engine.scheduler,
+        num_blocks=hello.num_blocks,
+        block_size=config.engine.cache.block_size,
+        enable_prefix_caching=config.engine.cache.enable_prefix_caching,
+        epoch=config.epoch,
+    )
+
+
+def _size(scheduler: Scheduler) -> tuple[int, int]:
+    return scheduler.pool.num_blocks - 1, scheduler.block_size
