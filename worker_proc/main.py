@@ -1,0 +1,41 @@
+"""Start and end of a worker process, whatever its runner."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+
+from tercet import log
+from tercet.config import ProcessConfig
+from tercet.ipc.child import ChildProcess, Failed, Ready
+from tercet.worker_proc.worker import Runner, Worker, decode_config
+
+logger = log.get_logger(__name__)
+
+
+def run_worker(child: ChildProcess, make_runner: Callable[[ProcessConfig, ChildProcess], Runner]) -> int:
+    """Load, say Hello, serve until Shutdown; returns the exit code."""
+    config = decode_config(child.config)
+    log.configure(f"worker {config.rank}")
+    try:
+        runner = make_runner(config, child)
+    except Exception as error:
+        logger.exception("cannot start")
+        child.report(Failed(f"{type(error).__name__}: {error}"))
+        return 1
+    worker = Worker(config, runner, os.getpid())
+    gc.collect()
+    gc.freeze()  # weights and tables live to the end: later collections need not walk them
+    child.report(Ready())
+    try:
+        worker.run()
+    except Exception as error:
+        logger.exception("the worker cannot go on")
+        problem = f"{type(error).__name__}: {error}"
+        child.report(Failed(problem))
+        worker.fail(problem)
+        return 1
+    finally:
+        worker.close()
+    return 0

@@ -1,0 +1,223 @@
+"""The decoder that the model files share: attention, feed-forward, layer, and the model around them.
+
+A model file says how its config becomes a `DecoderSpec` and replaces what differs. Module names are those of
+Hugging Face checkpoints, but for projections that are merged here (`packed_weights`).
+Dimensions: T tokens, D hidden size, H heads, K KV heads, R rotated elements, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tercet import ops
+from tercet.ops import AttentionMetadata
+from tercet.worker_proc.layers import (
+    MergedColumnParallelLinear,
+    ParallelLMHead,
+    Placement,
+    QKVParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from tercet.worker_proc.models.config import ConfigReader, DecoderSpec
+from tercet.worker_proc.rope import RotaryEmbedding
+
+Angles = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache, with RoPE and, where the model has it, QK norm."""
+
+    def __init__(self, spec: DecoderSpec, layer: int, place: Placement) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        self.scale = spec.attention_scale or spec.head_dim**-0.5
+        self.sliding_window = spec.sliding_windows[layer]
+        self.soft_cap = spec.attention_soft_cap
+        self.qkv_proj = QKVParallelLinear(
+            spec.hidden_size,
+            spec.head_dim,
+            spec.num_heads,
+            spec.num_kv_heads,
+            bias=spec.qkv_bias,
+            place=place,
+        )
+        self.o_proj = RowParallelLinear(
+            spec.num_heads * spec.head_dim, spec.hidden_size, bias=spec.o_bias, place=place
+        )
+        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.qk_norm = spec.qk_norm
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, place, spec.norm_weight_offset)
+            self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, place, spec.norm_weight_offset)
+
+    def forward(self, x_TD: Tensor, angles: Angles, kv_cache: Tensor, meta: AttentionMetadata) -> Tensor:
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
+        qkv_THD = self.qkv_proj(x_TD).unflatten(-1, (num_heads + 2 * num_kv_heads, self.head_dim))
+        v_TKD = qkv_THD[:, num_heads + num_kv_heads :]
+        if self.qk_norm:
+            q_THD = ops.apply_rotary(self.q_norm(qkv_THD[:, :num_heads]), *angles)
+            k_TKD = ops.apply_rotary(self.k_norm(qkv_THD[:, num_heads:-num_kv_heads]), *angles)
+        else:  # queries and keys lie side by side: rotated as one
+            qk_THD = ops.apply_rotary(qkv_THD[:, :-num_kv_heads], *angles)
+            q_THD, k_TKD = qk_THD[:, :num_heads], qk_THD[:, num_heads:]
+        ops.write_kv(k_TKD, v_TKD, kv_cache, meta.slot_mapping_T)
+        out_THD = ops.paged_attention(
+            q_THD,
+            kv_cache,
+            meta,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
+        )
+        out_TD: Tensor = self.o_proj(out_THD.flatten(1))
+        return out_TD
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, spec: DecoderSpec, place: Placement) -> None:
+        super().__init__()
+        size = spec.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            spec.hidden_size, (size, size), ("gate", "up"), bias=spec.mlp_bias, place=place
+        )
+        self.down_proj = RowParallelLinear(size, spec.hidden_size, bias=spec.mlp_bias, place=place)
+        self.activation = ops.silu_and_mul if spec.activation == "silu" else ops.gelu_tanh_and_mul
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        out_TD: Tensor = self.down_proj(self.activation(self.gate_up_proj(x_TD)))
+        return out_TD
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward. The residual stream travels apart, so that adding and norming are
+    one operation."""
+
+    def __init__(self, spec: DecoderSpec, layer: int, place: Placement) -> None:
+        super().__init__()
+        self.self_attn = Attention(spec, layer, place)
+        self.mlp = GatedMLP(spec, place)
+        self.input_layernorm = self.norm(spec, place)
+        self.post_attention_layernorm = self.norm(spec, place)
+
+    @staticmethod
+    def norm(spec: DecoderSpec, place: Placement) -> RMSNorm:
+        return RMSNorm(spec.hidden_size, spec.rms_norm_eps, place, spec.norm_weight_offset)
+
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor, angles: Angles, kv_cache: Tensor, meta: AttentionMetadata
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output and the residual that is still to be added to it."""
+        x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
+        x_TD = self.self_attn(x_TD, angles, kv_cache, meta)
+        x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
+        return self.mlp(x_TD), residual_TD
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: token ids to hidden states."""
+
+    def __init__(self, spec: DecoderSpec, layer_class: type[DecoderLayer], place: Placement) -> None:
+        super().__init__()
+        self.layer_types = spec.layer_types
+        self.embedding_scale = spec.embedding_scale
+        if spec.embedding_scale is not None:  # rounded to the model's dtype, as Gemma was trained
+            self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=place.dtype).item()
+        self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, place)
+        layers = [layer_class(spec, i, place) for i in range(spec.num_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.num_kv_heads = layers[0].self_attn.num_kv_heads
+        self.norm = DecoderLayer.norm(spec, place)
+        self.rotary = {kind: RotaryEmbedding(rope, place.device) for kind, rope in spec.rope.items()}
+
+    def forward(
+        self, token_ids_T: Tensor, positions_T: Tensor, kv_caches: list[Tensor], meta: AttentionMetadata
+    ) -> Tensor:
+        x_TD = self.embed_tokens(token_ids_T)
+        if self.embedding_scale is not None:
+            x_TD = x_TD * self.embedding_scale
+        angles = {kind: rotary.angles(positions_T, x_TD.dtype) for kind, rotary in self.rotary.items()}
+        residual_TD = torch.zeros_like(x_TD)
+        for layer, kind, kv_cache in zip(self.layers, self.layer_types, kv_caches, strict=True):
+            x_TD, residual_TD = layer(x_TD, residual_TD, angles[kind], kv_cache, meta)
+        hidden_TD, _ = self.norm.add(x_TD, residual_TD)
+        return hidden_TD
+
+
+class CausalLM(nn.Module):
+    """A language model over a paged KV cache.
+
+    Args:
+        config: config.json of the checkpoint.
+        place: device, dtype and tensor-parallel rank of the weights, which are left uninitialised.
+
+    Attributes:
+        spec: what it is made of.
+        num_layers, head_dim, vocab_size: as in the spec.
+        num_kv_heads: KV heads on this rank; the cache of a layer is
+            [2, num_blocks, block_size, num_kv_heads, head_dim].
+        sliding_windows: the window of each layer, None where it sees everything.
+
+    Raises:
+        UnsupportedModelError: the config lacks a key, or asks for something that is not implemented.
+        ConfigError: the model cannot be cut into that many ranks.
+    """
+
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    # what keys mean when config.json leaves them out
+    config_defaults: ClassVar[Mapping[str, object]] = {}
+    # last module name in the checkpoint -> (module here, which shard of it)
+    packed_weights: ClassVar[dict[str, tuple[str, str]]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", "gate"),
+        "up_proj": ("gate_up_proj", "up"),
+    }
+
+    def __init__(self, config: ConfigReader, place: Placement) -> None:
+        super().__init__()
+        spec = self.spec = self.read_spec(config.with_defaults(self.config_defaults))
+        self.model = Decoder(spec, self.layer_class, place)
+        tied = self.model.embed_tokens if spec.tie_word_embeddings else None
+        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, place, tied)
+        self.num_layers = spec.num_layers
+        self.head_dim = spec.head_dim
+        self.vocab_size = spec.vocab_size
+        self.num_kv_heads = self.model.num_kv_heads
+        self.sliding_windows = spec.sliding_windows
+
+    @classmethod
+    def read_spec(cls, config: ConfigReader) -> DecoderSpec:
+        """What the config describes; each architecture has its own reading."""
+        raise NotImplementedError
+
+    def forward(
+        self, token_ids_T: Tensor, positions_T: Tensor, kv_caches: list[Tensor], meta: AttentionMetadata
+    ) -> Tensor:
+        """Run one step.
+
+        Args:
+            token_ids_T: int64; the decodes first, then the chunks, as `meta` says.
+            positions_T: int64, each token's place in its sequence.
+            kv_caches: one for each layer, written in place.
+
+        Returns:
+            Hidden states [T, D] after the final norm.
+        """
+        hidden_TD: Tensor = self.model(token_ids_T, positions_T, kv_caches, meta)
+        return hidden_TD
+
+    def compute_logits(self, hidden_BD: Tensor) -> Tensor:
+        """Hidden states of the tokens that are sampled from, to float32 logits [B, V]."""
+        logits_BV: Tensor = self.lm_head(hidden_BD).float()
+        if (cap := self.spec.logit_soft_cap) is not None:
+            logits_BV = torch.tanh(logits_BV / cap) * cap
+        return logits_BV

@@ -1,0 +1,64 @@
+"""From a configuration to a runner that is ready: device, weights, cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from tercet.config import ProcessConfig
+from tercet.ipc.child import ChildProcess, Progress
+from tercet.log import get_logger
+from tercet.model_source import resolve_model
+from tercet.worker_proc import kv_memory
+from tercet.worker_proc.loader import load_model
+from tercet.worker_proc.model_runner import ModelRunner
+from tercet.worker_proc.results import CudaResultQueue, ResultQueue
+
+logger = get_logger(__name__)
+
+_SWITCH_INTERVAL_S = 0.0002  # the results thread must not wait 5 ms for the launching one
+
+
+def make_runner(config: ProcessConfig, child: ChildProcess) -> ModelRunner:
+    """Load the model and size its cache, reporting progress."""
+    engine = config.engine
+    torch.set_num_threads(engine.worker.num_threads)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    device = torch.device(engine.worker.device, 0) if engine.worker.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    source = resolve_model(engine.model.path, revision=engine.model.revision)
+    source.config.clear()
+    source.config.update(json.loads(engine.model.hf_config))  # with the user's overrides
+    model = load_model(
+        source,
+        device=str(device),
+        dtype=engine.model.dtype,
+        load_format=engine.model.load_format,  # type: ignore[arg-type]
+        max_model_len=engine.model.max_model_len,
+        progress=_reporter(child),
+    )
+    dtype = next(model.parameters()).dtype
+    child.report(Progress("sizing the KV cache"))
+    num_blocks = kv_memory.count_blocks(engine, model, dtype)
+    caches = kv_memory.allocate(engine, model, num_blocks, dtype)
+    gib = num_blocks * kv_memory.block_bytes(engine, model, dtype) / 2**30
+    logger.info("%s in %s on %s, KV cache %.2f GiB", engine.model.architecture, dtype, device, gib)
+    results = CudaResultQueue(device) if device.type == "cuda" else ResultQueue()
+    return ModelRunner(config, model, caches, results)
+
+
+def _reporter(child: ChildProcess):  # type: ignore[no-untyped-def]
+    """Progress of loading, in whole percents: a report per tensor would be noise."""
+    last = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        percent = 100 * done // max(total, 1)
+        if percent != last:
+            last = percent
+            child.report(Progress("loading weights", done, total))
+
+    return report

@@ -1,0 +1,113 @@
+"""The worker's loop: plans in, results out. What a step computes is the runner's business."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from tercet.config import ProcessConfig
+from tercet.ipc.channel import DealerEnd
+from tercet.ipc.messages import (
+    PROTOCOL_VERSION,
+    Call,
+    CoreToWorker,
+    Heartbeat,
+    KVGroup,
+    Reply,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    WorkerFailed,
+    WorkerHello,
+    WorkerWelcome,
+)
+from tercet.log import get_logger
+
+logger = get_logger(__name__)
+
+Deliver = Callable[[StepResult], None]
+
+
+class Runner(Protocol):
+    """Executes plans in order."""
+
+    num_blocks: int
+    groups: list[KVGroup]
+    device: str
+
+    def execute(self, plan: StepPlan, received_s: float, deliver: Deliver) -> None:
+        """Apply a plan's changes and run its step; hand the result to `deliver`, now or from another thread.
+
+        Args:
+            received_s: time.perf_counter() when the plan arrived.
+        """
+
+    def clear(self) -> None:
+        """Forget all rows; keep weights and memory."""
+
+    def close(self) -> None:
+        """Deliver what is in flight, then stop."""
+
+
+class Worker:
+    """Connects a runner to the core."""
+
+    def __init__(self, config: ProcessConfig, runner: Runner, pid: int) -> None:
+        self.config = config
+        self.runner = runner
+        self.epoch = 0
+        self._pid = pid
+        # Results may leave from the runner's own thread, and an end belongs to one thread: two ends.
+        self._plans: DealerEnd[CoreToWorker] = DealerEnd(config.worker_address, CoreToWorker)
+        self._results: DealerEnd[CoreToWorker] = DealerEnd(config.worker_address, CoreToWorker)
+
+    def run(self) -> None:
+        """Serve until the core says Shutdown."""
+        self._plans.send(self.hello())
+        while True:
+            message = self._plans.recv()
+            match message:
+                case StepPlan(epoch=epoch) if epoch == self.epoch:
+                    self.runner.execute(message, time.perf_counter(), self._deliver)
+                case WorkerWelcome(epoch=epoch):
+                    self.runner.clear()
+                    self.epoch = epoch
+                case Call(call_id=call_id):
+                    self._plans.send(Reply(epoch=self.epoch, call_id=call_id, error="not a call for workers"))
+                case Heartbeat() | StepPlan() | None:
+                    pass
+                case Shutdown():
+                    return
+
+    def hello(self) -> WorkerHello:
+        runner = self.runner
+        return WorkerHello(
+            protocol_version=PROTOCOL_VERSION,
+            rank=self.config.rank,
+            pid=self._pid,
+            fingerprint=self.config.engine.fingerprint(),
+            groups=runner.groups,
+            num_blocks=runner.num_blocks,
+            device=runner.device,
+            weights_digest=self.config.engine.model.fingerprint,
+        )
+
+    def fail(self, problem: str) -> None:
+        """Last words."""
+        self._plans.send(WorkerFailed(epoch=self.epoch, rank=self.config.rank, message=problem))
+
+    def close(self) -> None:
+        self.runner.close()
+        self._plans.close()
+        self._results.close()
+
+    def _deliver(self, result: StepResult) -> None:
+        self._results.send(result)
+
+
+def decode_config(data: bytes) -> ProcessConfig:
+    """The configuration that the launcher passed."""
+    return msgspec.msgpack.decode(data, type=ProcessConfig)
