@@ -1,0 +1,513 @@
+"""`AsyncLLM`: an engine for code that runs on an asyncio event loop, its own or attached to.
+
+A guest in the process that uses it: no signal handler, no environment variable, no event-loop policy, no
+thread or process that outlives `shutdown`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import AsyncGenerator, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+from tercet.config import AsyncEngineArgs, EngineArgs
+from tercet.errors import EngineClosedError, EngineDeadError, EngineError, TercetError, ValidationError
+from tercet.frontend.client import CoreClient
+from tercet.frontend.input_processor import InputProcessor, PreparedRequest
+from tercet.frontend.inputs import ParsedPrompt, PromptType, parse_prompt
+from tercet.frontend.launcher import EngineProcesses
+from tercet.frontend.metrics import Metric, metrics_of, stats_line
+from tercet.frontend.outputs import RequestOutput
+from tercet.frontend.sampling_params import SamplingParams
+from tercet.frontend.stream import RequestStream
+from tercet.frontend.tokenizer import Tokenizer
+from tercet.frontend.tokenizer_bundle import TokenizerBundle
+from tercet.frontend.validation import check_str
+from tercet.ipc.messages import (
+    GetStats,
+    ModelInfo,
+    PauseGeneration,
+    PauseMode,
+    ResetPrefixCache,
+    ResumeGeneration,
+    Stats,
+    Welcome,
+)
+from tercet.log import get_logger
+
+logger = get_logger(__name__)
+
+TOKENIZE_THREADS: Final = 2  # of each frontend; the tokenizer releases the interpreter lock
+HANDSHAKE_TIMEOUT_S: Final = 30.0
+STOP_TIMEOUT_S: Final = 5.0
+_PAUSE_MODES: Final = {"abort": PauseMode.ABORT, "wait": PauseMode.WAIT, "keep": PauseMode.KEEP}
+
+
+class AsyncLLM:
+    """An engine whose requests are awaited. Make one with `from_engine_args` or `connect`.
+
+    It belongs to the event loop of its first asynchronous call. Use it as `async with`, or call `shutdown`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        processes: EngineProcesses | None = None,
+        enable_log_requests: bool = False,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ) -> None:
+        """
+        Args:
+            address: where the engine's core listens.
+            processes: the running engine, if it is this object's to stop.
+            enable_log_requests: log each request's arrival and end.
+            handshake_timeout_s: for the core to answer.
+        """
+        self._client = CoreClient(address)
+        self._processes = processes
+        self._log_requests = enable_log_requests
+        self._handshake_timeout_s = handshake_timeout_s
+        self._pool = ThreadPoolExecutor(TOKENIZE_THREADS, thread_name_prefix="tercet-tokenize")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._processor: InputProcessor | None = None
+        self._paused = False
+        self._logged_stats: Stats | None = None
+        if processes is not None:
+            processes.on_death = _death_notice(weakref.ref(self))
+        self._release = weakref.finalize(self, _release, self._client, processes, self._pool)
+
+    # ---- start and stop
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
+        """Start an engine of one's own; returns once it takes requests.
+
+        Blocks for as long as the model loads, so from a running event loop call it through
+        `asyncio.to_thread`.
+
+        Raises:
+            ConfigError: an argument cannot work.
+            ModelNotFoundError, UnsupportedModelError: there is no model that could run.
+            StartupError: a process could not start; nothing is left running.
+        """
+        processes = EngineProcesses(engine_args.create_engine_config(), progress=logger.info)
+        try:
+            processes.start()
+        except BaseException:
+            processes.stop()
+            raise
+        log_requests = isinstance(engine_args, AsyncEngineArgs) and engine_args.enable_log_requests
+        return cls(processes.address, processes=processes, enable_log_requests=log_requests)
+
+    @classmethod
+    def connect(cls, address: str, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Connecting:
+        """Attach to a running engine; the address (`ipc:///path`) is all that is needed.
+
+            async with AsyncLLM.connect(address) as engine: ...
+            engine = await AsyncLLM.connect(address)
+
+        Closing leaves the engine running. Raises ConfigError if no engine listens there, EngineError if it
+        does not answer within `timeout_s` or speaks another protocol.
+        """
+        return Connecting(cls(address, handshake_timeout_s=timeout_s))
+
+    async def start(self) -> None:
+        """Attach to the core on the running event loop. Every other method does so where it must.
+
+        Raises:
+            EngineError: the engine is gone, or this is not the event loop on which it was started.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._client.check()
+            self._loop = loop
+            self._starting = loop.create_task(self._start(), name="tercet-start")
+        if self._loop is not loop:
+            raise EngineError("this engine belongs to another event loop; use one engine for each loop")
+        if self._starting is not None:
+            # Shielded: the first of several callers may be cancelled, and the others still wait.
+            await asyncio.shield(self._starting)
+        if self._processor is None:
+            self._client.check()
+
+    async def _start(self) -> None:
+        try:
+            welcome = await self._client.connect(
+                f"{sys.argv[0].rpartition('/')[2] or 'python'}",
+                self._handshake_timeout_s,
+                watch_process=self._processes is None,
+            )
+            assert self._loop is not None
+            self._processor = await self._loop.run_in_executor(self._pool, _make_processor, welcome)
+        finally:
+            self._starting = None
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Abort what is unfinished, leave the engine and, if it is one's own, end its processes. Idempotent.
+
+        May be called from any thread, and after the event loop has ended. Blocks until all is gone; on an
+        event loop prefer `aclose`.
+
+        Args:
+            timeout: seconds that the processes get to leave by themselves; None is 5.
+        """
+        self._close_client()
+        self._release.detach()
+        if self._processes is not None:
+            self._processes.stop(STOP_TIMEOUT_S if timeout is None else timeout)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def aclose(self, timeout: float | None = None) -> None:
+        """As `shutdown`, without holding up the event loop."""
+        self._close_client()
+        thread = threading.Thread(target=self.shutdown, args=(timeout,), name="tercet-shutdown")
+        thread.start()
+        while thread.is_alive():  # a thread of our own: the loop's default executor would keep one behind
+            await asyncio.sleep(0.005)
+        thread.join()
+
+    def _close_client(self) -> None:
+        loop = self._loop
+        if loop is None or not loop.is_running() or _is_current(loop):
+            self._client.close()
+            return
+        done = threading.Event()
+
+        def close() -> None:
+            self._client.close()
+            done.set()
+
+        try:
+            loop.call_soon_threadsafe(close)
+        except RuntimeError:  # closed meanwhile
+            self._client.close()
+            return
+        while not done.wait(0.1) and loop.is_running():
+            pass
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # ---- requests
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Generate, yielding outputs as they come; one's own pace only merges them.
+
+        Closing or cancelling the generator aborts the request.
+
+        Args:
+            prompt: text, token ids, or a dict of either with options.
+            sampling_params: copied; later changes have no effect.
+            request_id: unique among unfinished requests; drawn where None.
+            priority: lower runs earlier, with scheduling_policy='priority'.
+
+        Raises:
+            ValidationError: a field is wrong; names it. Nothing was sent.
+            QueueFullError: the engine takes no more now.
+            RequestError: this request failed.
+            EngineDeadError, EngineClosedError: there is no engine any more.
+        """
+        stream = await self.add_request(prompt, sampling_params, request_id, priority=priority)
+        try:
+            while not stream.finished:
+                yield stream.get_nowait() or await stream.get()
+        finally:
+            stream.close()
+
+    async def add_request(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> RequestStream:
+        """As `generate`, with the stream in the caller's hands: whoever drops it unread calls its `close`.
+
+        Args:
+            add_special_tokens: for text: add what the model expects around it; False for rendered chats.
+        """
+        arrival_s = time.time()
+        if self._processor is None or self._loop is not asyncio.get_running_loop():
+            await self.start()
+        self._client.check()
+        processor, loop = self._processor, self._loop
+        assert processor is not None
+        assert loop is not None
+        params = _checked_params(sampling_params)
+        parsed = parse_prompt(prompt)
+        request_id = uuid.uuid4().hex if request_id is None else check_str("request_id", request_id)
+        request = self._client.outputs.open(request_id, params, arrival_s)
+        stream = RequestStream(request, self._client.outputs, loop)
+        try:
+            prepared = await self._prepare(processor, parsed, params, arrival_s, priority, add_special_tokens)
+            if not request.finished:  # or it was aborted meanwhile
+                handle = self._client.outputs.admit(request, prepared)
+                self._client.add(prepared.message(self._client.epoch, handle))
+        except BaseException:
+            stream.close()
+            raise
+        if self._log_requests:
+            logger.info("request %s: %d prompt tokens, %r", request_id, len(request.prompt_token_ids), params)
+        return stream
+
+    async def _prepare(
+        self,
+        processor: InputProcessor,
+        prompt: ParsedPrompt,
+        params: SamplingParams,
+        arrival_s: float,
+        priority: int,
+        add_special_tokens: bool,
+    ) -> PreparedRequest:
+        def prepare() -> PreparedRequest:
+            return processor.prepare(
+                prompt,
+                params,
+                arrival_s=arrival_s,
+                priority=priority,
+                add_special_tokens=add_special_tokens,
+            )
+
+        if not processor.needs_thread(prompt):
+            return prepare()
+        return await self._run_in_thread(prepare)
+
+    async def _run_in_thread(self, function: Any) -> Any:
+        """Run in the pool that tokenizes."""
+        assert self._loop is not None
+        try:
+            future = self._loop.run_in_executor(self._pool, function)
+        except RuntimeError:  # the pool is shut down
+            raise EngineClosedError("the engine was shut down on this side") from None
+        return await future
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests; their streams give what they have with finish_reason 'abort'. Unknown ids are ignored."""
+        await self.start()
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            if (request := self._client.outputs.requests.get(one)) is not None:
+                self._client.outputs.abort(request)
+
+    def get_num_unfinished_requests(self) -> int:
+        """Requests of this frontend that are not finished."""
+        return len(self._client.outputs.requests)
+
+    # ---- the engine's state
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests can be made."""
+        return self._client.dead_error is None
+
+    @property
+    def is_stopped(self) -> bool:
+        return not self.is_running
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has died (and was not merely shut down on this side)."""
+        return isinstance(self._client.dead_error, EngineDeadError)
+
+    @property
+    def dead_error(self) -> TercetError:
+        """What every further call raises; an EngineDeadError without a cause while the engine runs."""
+        return self._client.dead_error or EngineDeadError("the engine is running")
+
+    async def check_health(self) -> None:
+        """Return at once if the engine lives; it is known from heartbeats and process ends, not asked.
+
+        Raises:
+            EngineDeadError, EngineClosedError: it does not.
+        """
+        if self._client.dead_error is None:
+            await self.start()
+        self._client.check()
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The model's name, context length, vocabulary and so on.
+
+        Raises:
+            EngineError: not started yet.
+        """
+        return self._started().model
+
+    @property
+    def address(self) -> str:
+        """Where further frontends can `connect`."""
+        return self._client.address
+
+    def _started(self) -> InputProcessor:
+        if self._processor is None:
+            self._client.check()
+            raise EngineError("the engine is not attached yet: `await engine.start()` first")
+        return self._processor
+
+    async def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            EngineError: the engine has none (skip_tokenizer_init, or simulated).
+        """
+        await self.start()
+        tokenizer = self._started().tokenizer
+        if tokenizer is None:
+            raise EngineError("this engine has no tokenizer: it takes and gives token ids")
+        return tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults (its generation_config), where it has any."""
+        return SamplingParams.from_optional(**self.model_info.default_sampling)
+
+    async def get_metrics(self) -> list[Metric]:
+        """Every gauge and counter of the engine, as of now."""
+        stats = await self._get_stats()
+        return metrics_of(stats, self.model_info.served_names[0])
+
+    async def do_log_stats(self) -> None:
+        """Log one line with the engine's state; throughputs are since the last one."""
+        stats = await self._get_stats()
+        logger.info("%s", stats_line(stats, self._logged_stats))
+        self._logged_stats = stats
+
+    async def _get_stats(self) -> Stats:
+        await self.start()
+        stats = (await self._client.call(GetStats())).stats
+        if stats is None:
+            raise EngineError("the engine gave no figures")
+        return stats
+
+    # ---- calls
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget every cached block that no running request holds; True if that were all of them."""
+        await self.start()
+        return (await self._client.call(ResetPrefixCache())).value
+
+    async def pause_generation(
+        self, *, mode: Literal["abort", "wait", "keep"] = "abort", clear_cache: bool = True
+    ) -> None:
+        """Stop generating, for every frontend; returns once nothing is being computed. New requests wait.
+
+        Args:
+            mode: what becomes of requests in flight: 'abort' ends them, 'wait' lets them finish first,
+                'keep' freezes them until `resume_generation`.
+            clear_cache: forget cached prefixes; requests kept are then computed anew.
+        """
+        if mode not in _PAUSE_MODES:
+            raise ValidationError("mode", f"must be one of {', '.join(_PAUSE_MODES)}; got {mode!r}")
+        await self.start()
+        await self._client.call(PauseGeneration(mode=_PAUSE_MODES[mode], clear_cache=clear_cache))
+        self._paused = True
+
+    async def resume_generation(self) -> None:
+        """Go on after `pause_generation`."""
+        await self.start()
+        await self._client.call(ResumeGeneration())
+        self._paused = False
+
+    async def is_paused(self) -> bool:
+        """Whether this frontend has paused the engine."""
+        return self._paused
+
+
+class Connecting:
+    """What `AsyncLLM.connect` returns: to be awaited, or entered with `async with`."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._engine = engine
+
+    def __await__(self) -> Generator[Any, None, AsyncLLM]:
+        return self._started().__await__()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return await self._started()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._engine.aclose()
+
+    async def _started(self) -> AsyncLLM:
+        try:
+            await self._engine.start()
+        except BaseException:
+            self._engine.shutdown()
+            raise
+        return self._engine
+
+
+def _make_processor(welcome: Welcome) -> InputProcessor:
+    """Builds the tokenizer: a second or so for a large vocabulary."""
+    tokenizer = None
+    if welcome.files:
+        tokenizer = Tokenizer(TokenizerBundle.from_files(welcome.files, welcome.model.name))
+    return InputProcessor(welcome.model, welcome.limits, tokenizer)
+
+
+def _checked_params(params: SamplingParams) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise ValidationError("sampling_params", f"must be SamplingParams; got {type(params).__name__}")
+    params = params.clone()
+    params.validate()
+    return params
+
+
+def _is_current(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+def _death_notice(engine: weakref.ref[AsyncLLM]) -> Any:
+    """For the supervisor's thread. Holds the engine weakly, so that a forgotten one can be collected."""
+
+    def on_death(problem: str) -> None:
+        if (alive := engine()) is not None:
+            loop, client = alive._loop, alive._client
+            if loop is None or not loop.is_running():
+                client.die(problem)
+                return
+            try:
+                loop.call_soon_threadsafe(client.die, problem)
+            except RuntimeError:  # closed meanwhile
+                pass
+
+    return on_death
+
+
+def _release(client: CoreClient, processes: EngineProcesses | None, pool: ThreadPoolExecutor) -> None:
+    """What is left to do for an engine that was dropped, or is alive at exit, without `shutdown`."""
+    loop = client.loop
+    if loop is not None and loop.is_running() and not _is_current(loop):
+        loop.call_soon_threadsafe(client.close)
+    else:
+        client.close()
+    if processes is not None:
+        processes.stop()
+    pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,119 @@
+"""Starting the processes of an engine from the process that wants one: a core and its worker.
+
+The caller becomes their parent; they end with it, whatever ends it. Library code: no signal handler is
+installed and nothing of the host process is changed.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+import msgspec
+
+from tercet.config import EngineConfig, ProcessConfig
+from tercet.errors import StartupError
+from tercet.frontend.bundle_files import prepare_files
+from tercet.ipc.channel import check_address, is_socket
+from tercet.ipc.child import Progress
+from tercet.ipc.errors import CannotStartError
+from tercet.ipc.process import ProcessSpec
+from tercet.ipc.runtime_dir import RuntimeDir
+from tercet.ipc.supervisor import Supervisor
+
+WORKER_MODULES = {"simulated": "tercet.worker_proc.simulated"}
+DEFAULT_WORKER_MODULE = "tercet.worker_proc"
+
+
+class EngineProcesses:
+    """A core and a worker. `start`, then `stop`; both may be called from any thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        address: str | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            address: where frontends shall connect; a socket in a private directory where None.
+            progress: told what happens while starting, from another thread.
+
+        Raises:
+            ConfigError: the address is not one that Tercet opens, or an engine is there already.
+        """
+        if address is not None:
+            check_address(address)
+            if is_socket(address):
+                raise StartupError(
+                    f"{address} exists: another engine serves there, or one was killed; remove it"
+                )
+        self.on_death: Callable[[str], None] | None = None
+        self._config = config
+        self._progress = progress
+        self._directory = RuntimeDir()
+        self.address = address or self._directory.address("core")
+        self._supervisor: Supervisor | None = None
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name: 'core', 'worker 0'."""
+        return self._supervisor.pids if self._supervisor else {}
+
+    def start(self) -> None:
+        """Start both and wait until the engine takes requests.
+
+        Raises:
+            StartupError: it cannot start; nothing is left running.
+        """
+        if self._config.model.kind != "simulated" and not self._config.frontend.files:
+            self._tell("preparing tokenizer files")
+        try:
+            files = prepare_files(self._config)
+            engine = msgspec.structs.replace(
+                self._config, frontend=msgspec.structs.replace(self._config.frontend, files=files)
+            )
+            self._supervisor = Supervisor(
+                self._specs(engine), on_progress=self._on_progress, on_death=self._on_death
+            )
+            self._supervisor.start()
+        except CannotStartError as error:
+            self._directory.close()
+            raise StartupError(str(error)) from None
+        except BaseException:
+            self._directory.close()
+            raise
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the engine: requests in flight are aborted, their frontends told. Idempotent."""
+        self.on_death = None
+        if self._supervisor is not None:
+            self._supervisor.stop(timeout_s)
+        self._directory.close()
+
+    def _specs(self, engine: EngineConfig) -> list[ProcessSpec]:
+        config = ProcessConfig(
+            engine=engine,
+            worker_address=self._directory.address("worker"),
+            frontend_address=self.address,
+            runtime_dir=str(self._directory.path),
+            epoch=secrets.randbits(53),
+        )
+        data = msgspec.msgpack.encode(config)
+        module = WORKER_MODULES.get(engine.worker.device, DEFAULT_WORKER_MODULE)
+        threads = str(engine.worker.num_threads)
+        env = (("OMP_NUM_THREADS", threads), ("MKL_NUM_THREADS", threads))
+        return [ProcessSpec("core", "tercet.core_proc", data), ProcessSpec("worker 0", module, data, env)]
+
+    def _on_progress(self, name: str, progress: Progress) -> None:
+        share = f" {progress.done}/{progress.total}" if progress.total else ""
+        self._tell(f"{name}: {progress.phase}{share}")
+
+    def _on_death(self, problem: str) -> None:
+        if self.on_death is not None:
+            self.on_death(problem)
+
+    def _tell(self, words: str) -> None:
+        if self._progress is not None:
+            self._progress(words)

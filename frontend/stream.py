@@ -1,0 +1,76 @@
+"""A request's outputs as something to wait for, on an asyncio event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Self
+
+from tercet.frontend.output_processor import OutputProcessor, RequestState
+from tercet.frontend.outputs import RequestOutput
+
+
+class RequestStream:
+    """One request's outputs, for one consumer. Outputs not fetched yet merge into one.
+
+    Iterate it (`async for output in stream`), or call `get` until `finished`. Whoever leaves early calls
+    `close`, which aborts the request.
+    """
+
+    __slots__ = ("_loop", "_outputs", "_request")
+
+    def __init__(
+        self, request: RequestState, outputs: OutputProcessor, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._request = request
+        self._outputs = outputs
+        self._loop = loop
+
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last output has been fetched, or the request's error raised."""
+        return self._request.taken
+
+    def get_nowait(self) -> RequestOutput | None:
+        """What is new, or None where nothing is.
+
+        Raises:
+            QueueFullError, RequestError, ValidationError: the engine refused or failed this request.
+            EngineDeadError, EngineClosedError: there is no engine any more.
+        """
+        return self._request.take()
+
+    async def get(self) -> RequestOutput:
+        """Wait until something is new. Raises as `get_nowait`; RuntimeError after the last output."""
+        request = self._request
+        while (output := request.take()) is None:
+            if request.taken:
+                raise RuntimeError(f"request {request.request_id} is finished and has been fetched")
+            if request.waiter is not None:
+                raise RuntimeError(f"request {request.request_id} is being awaited elsewhere")
+            waiter = request.waiter = self._loop.create_future()
+            try:
+                await waiter
+            finally:
+                if request.waiter is waiter:
+                    request.waiter = None
+        return output
+
+    def close(self) -> None:
+        """Abort the request unless it has ended; its outputs are gone. Idempotent."""
+        request = self._request
+        if not request.taken:
+            self._outputs.abort(request)
+            request.taken = True
+            request.children = []
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._request.taken:
+            raise StopAsyncIteration
+        return await self.get()
