@@ -8,7 +8,9 @@ G = H / K query heads that share one KV head, D head size.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,8 @@ class AttentionMetadata:
             frozen rows write into block 0.
         max_query_len, max_seq_len: upper bounds known to the host; max_seq_len bounds the decodes.
         chunk_query_lens, chunk_seq_lens: the same lengths for the chunks, on the host.
+        memo: what the layers of one step share, such as masks; kept by implementations. A metadata object
+            therefore describes one step: make a new one when the tensors in it change.
     """
 
     num_decodes: int
@@ -49,6 +53,7 @@ class AttentionMetadata:
     max_seq_len: int
     chunk_query_lens: tuple[int, ...] = ()
     chunk_seq_lens: tuple[int, ...] = ()
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @operation("paged_attention")
@@ -86,10 +91,9 @@ def paged_attention(
     if num_decodes:
         out_THD[:num_decodes] = _decode(q_THD[:num_decodes], kv_cache, meta, scale, sliding_window, soft_cap)
     start = num_decodes
-    for i, (query_len, seq_len) in enumerate(zip(meta.chunk_query_lens, meta.chunk_seq_lens, strict=True)):
+    for i, query_len in enumerate(meta.chunk_query_lens):
         chunk = slice(start, start + query_len)
-        blocks_N = meta.block_table_BN[num_decodes + i]
-        out_THD[chunk] = _chunk(q_THD[chunk], kv_cache, blocks_N, seq_len, scale, sliding_window, soft_cap)
+        out_THD[chunk] = _chunk(q_THD[chunk], kv_cache, meta, i, scale, sliding_window, soft_cap)
         start += query_len
     return out_THD
 
@@ -104,19 +108,11 @@ def _decode(
 ) -> Tensor:
     """One token of each of B sequences, batched over gathered and masked keys and values."""
     batch, num_heads, head_dim = q_BHD.shape
-    block_size, num_kv_heads = kv_cache.shape[2], kv_cache.shape[3]
-    num_blocks = min(-(-meta.max_seq_len // block_size), meta.block_table_BN.shape[1])
-    table_BN = meta.block_table_BN[:batch, :num_blocks]
-    # A row of length 0 or garbage sees one position: a softmax over nothing would be NaN.
-    lens_B1 = meta.seq_lens_B[:batch, None].clamp(1, num_blocks * block_size)
-    positions_BL = torch.arange(num_blocks * block_size, device=q_BHD.device)[None]
-    if sliding_window is not None and (-(-sliding_window // block_size) + 1) < num_blocks:
-        table_BN, positions_BL = _window_blocks(table_BN, lens_B1, sliding_window, block_size)
-    visible_BL = positions_BL < lens_B1
-    if sliding_window is not None:
-        visible_BL = visible_BL & (positions_BL >= lens_B1 - sliding_window)
-    bias_BL = torch.zeros(visible_BL.shape, dtype=q_BHD.dtype, device=q_BHD.device)
-    bias_BL.masked_fill_(~visible_BL, float("-inf"))
+    num_kv_heads = kv_cache.shape[3]
+    key = ("decode", sliding_window, kv_cache.shape[2], q_BHD.dtype)
+    if key not in meta.memo:
+        meta.memo[key] = _decode_mask(meta, batch, kv_cache.shape[2], sliding_window, q_BHD.dtype)
+    table_BN, bias_BL = meta.memo[key]
     q_BKGD = q_BHD.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     bytes_per_row = 2 * table_BN.shape[1] * kv_cache[0, 0].nbytes
     rows = max(1, GATHER_BYTES_MAX // bytes_per_row)
@@ -129,6 +125,24 @@ def _decode(
     ]
     out_BKGD = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out_BKGD.reshape(batch, num_heads, head_dim)
+
+
+def _decode_mask(
+    meta: AttentionMetadata, batch: int, block_size: int, sliding_window: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Blocks to gather for each decode row, and 0 or -inf for each of their positions."""
+    num_blocks = min(-(-meta.max_seq_len // block_size), meta.block_table_BN.shape[1])
+    table_BN = meta.block_table_BN[:batch, :num_blocks]
+    # A row of length 0 or garbage sees one position: a softmax over nothing would be NaN.
+    lens_B1 = meta.seq_lens_B[:batch, None].clamp(1, num_blocks * block_size)
+    positions_BL = torch.arange(num_blocks * block_size, device=table_BN.device)[None]
+    if sliding_window is not None and (-(-sliding_window // block_size) + 1) < num_blocks:
+        table_BN, positions_BL = _window_blocks(table_BN, lens_B1, sliding_window, block_size)
+    visible_BL = positions_BL < lens_B1
+    if sliding_window is not None:
+        visible_BL = visible_BL & (positions_BL >= lens_B1 - sliding_window)
+    bias_BL = torch.zeros(visible_BL.shape, dtype=dtype, device=table_BN.device)
+    return table_BN, bias_BL.masked_fill_(~visible_BL, float("-inf"))
 
 
 def _window_blocks(
@@ -163,13 +177,14 @@ def _attend_gathered(
 def _chunk(
     q_QHD: Tensor,
     kv_cache: Tensor,
-    blocks_N: Tensor,
-    seq_len: int,
+    meta: AttentionMetadata,
+    index: int,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
 ) -> Tensor:
-    """Several tokens at the end of one sequence."""
+    """Several tokens at the end of one sequence, the index-th of the chunks."""
+    blocks_N, seq_len = meta.block_table_BN[meta.num_decodes + index], meta.chunk_seq_lens[index]
     query_len, num_heads, head_dim = q_QHD.shape
     block_size, num_kv_heads = kv_cache.shape[2], kv_cache.shape[3]
     start = seq_len - query_len
@@ -187,7 +202,10 @@ def _chunk(
     windowed = sliding_window is not None and sliding_window < seq_len
     bias_QL = None
     if start or windowed or soft_cap is not None:
-        bias_QL = _causal_bias(q_QHD, start, first, seq_len, sliding_window)
+        key = ("chunk", index, sliding_window, block_size, q_QHD.dtype)
+        if key not in meta.memo:
+            meta.memo[key] = _causal_bias(q_QHD, start, first, seq_len, sliding_window)
+        bias_QL = meta.memo[key]
     out_KGQD = _attend(q_KGQD, k_KGLD, v_KGLD, bias_QL, scale, soft_cap)
     return out_KGQD.permute(2, 0, 1, 3).reshape(query_len, num_heads, head_dim)
 

@@ -12,6 +12,10 @@ import functools
 import torch
 from torch import Tensor
 
+# A CPU works on slices of the vocabulary in turn, so that a slice stays in the cache (2 cores, 64 rows of
+# 49,152: 6 ms rather than 18). The number is fixed: the calls of a step must not depend on the batch.
+_CPU_PENALTY_SLICES = 8
+
 
 def add_at(logits_BV: Tensor, position_b: Tensor, ids_bK: Tensor, values_bK: Tensor) -> None:
     """Add values to single logits.
@@ -53,15 +57,24 @@ def apply_penalties(
     Source: repetition as in CTRL, Keskar et al. 2019, section 4.1, and as served by transformers; frequency
     and presence as in OpenAI's API reference.
     """
+    slices = _CPU_PENALTY_SLICES if logits_bV.device.type == "cpu" else 1
+    width = -(-logits_bV.shape[1] // slices)
+    for logits, seen in zip(logits_bV.split(width, dim=1), seen_bV.split(width, dim=1), strict=True):
+        _penalize(logits, seen, repetition_b1, frequency_b1, presence_b1)
+
+
+def _penalize(
+    logits_bV: Tensor, seen_bV: Tensor, repetition_b1: Tensor, frequency_b1: Tensor, presence_b1: Tensor
+) -> None:
     # The factor is 1 + is_seen * (x - 1), x = 1 / repetition for positive and repetition for negative logits:
-    # torch.where with broadcast columns costs five times as much on a CPU.
+    # torch.where with broadcast columns costs five times as much on a CPU, addcmul_ twice.
     half_sum_b1 = (repetition_b1.reciprocal() + repetition_b1) / 2
     half_difference_b1 = (repetition_b1.reciprocal() - repetition_b1) / 2
     factor_bV = logits_bV.sign().mul_(half_difference_b1).add_(half_sum_b1 - 1)
     logits_bV.mul_(factor_bV.mul_(seen_bV.clamp(max=1).float()).add_(1))
     count_bV = (seen_bV >> 1).float()
-    logits_bV.addcmul_(count_bV, frequency_b1, value=-1)
-    logits_bV.addcmul_(count_bV.clamp_(max=1), presence_b1, value=-1)
+    is_present_bV = count_bV.clamp(max=1)
+    logits_bV.sub_(count_bV.mul_(frequency_b1)).sub_(is_present_bV.mul_(presence_b1))
 
 
 def match_bad_words(

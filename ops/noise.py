@@ -12,7 +12,7 @@ is 32-bit integer with wrap-around (a dozen instructions for a token in a kernel
 The side where v is near 0 decides who wins, hence 31 bits and log1p: with u = 1 - v of 24 bits, some token of
 a vocabulary of 50,000 would draw noise 0 (and win outright) once in 340 draws.
 
-Sources: lowbias32 is the mixer found by C. Wellons' hash-prospector, 2018 (exact bias 0.17 of 1,000ths);
+Sources: lowbias32 is the mixer found by C. Wellons' hash-prospector, 2018 (its exact bias: 0.174);
 Gumbel-max in the exponential form: Maddison, Tarlow, Minka, "A* Sampling", 2014.
 """
 

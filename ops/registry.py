@@ -77,7 +77,7 @@ class Operation(Generic[P, R]):
             ConfigError: TERCET_OPS names an implementation that does not exist or does not serve them.
         """
         overrides = _overrides()
-        wanted = overrides.get(self.name) or overrides.get("")
+        wanted = overrides.get(self.name, overrides.get(""))
         if wanted is not None:
             return self._forced(wanted, device, dtype)
         for function, supports in reversed(self._implementations.values()):

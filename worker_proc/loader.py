@@ -65,9 +65,8 @@ def load_model(
         ConfigError: an argument has a wrong value.
     """
     if "quantization_config" in source.config:
-        raise UnsupportedModelError(
-            f"{source.path}: quantized checkpoints (quantization_config) are not supported; use a plain one or GGUF"
-        )
+        problem = "quantized (quantization_config), which is supported for GGUF files only"
+        raise UnsupportedModelError(f"{source.path}: {problem}")
     chosen_format = _resolve_format(load_format, source)
     model_type = model_class(source.config)
     place = Placement(

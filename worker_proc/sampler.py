@@ -126,10 +126,8 @@ class Sampler:
         code_B = torch.full_like(token_B, _NOT_FINISHED, dtype=torch.uint8)
         code_B.masked_fill_(is_full_B, int(Finish.LENGTH))
         if batch.stop is not None:
-            stop_B = _stop_code(token_B, batch.stop).masked_fill_(
-                position_B < batch.min_tokens_B, _NOT_FINISHED
-            )
-            code_B = torch.minimum(code_B, stop_B)
+            # min_tokens needs no look here: it has masked these tokens.
+            code_B = torch.minimum(code_B, _stop_code(token_B, batch.stop))
         return code_B.masked_fill_(code_B == _NOT_FINISHED, int(Finish.NONE))
 
 

@@ -159,7 +159,6 @@ class SampleBatch:
     params: RowParams
     seeds_2B1: Tensor  # i32
     prompt_len_B: Tensor  # i32
-    min_tokens_B: Tensor  # i32
     max_tokens_B: Tensor  # i32
     stop: StopIds | None
     min_tokens: MinTokens | None
@@ -381,7 +380,6 @@ class SamplingState:
             params=_row_params(reals, wholes, all_random=bool((features & _Feature.RANDOM).all())),
             seeds_2B1=wholes[:, : _Whole.SEED_HIGH + 1].T.unsqueeze(-1).contiguous(),
             prompt_len_B=wholes[:, _Whole.PROMPT_LEN].contiguous(),
-            min_tokens_B=wholes[:, _Whole.MIN_TOKENS].contiguous(),
             max_tokens_B=wholes[:, _Whole.MAX_TOKENS].contiguous(),
             stop=self._plan_stop(features, row_B),
             min_tokens=self._plan_min_tokens(features, rows, wholes),

@@ -1,9 +1,9 @@
 """A worker without a model: the same plans and results, a latency model, and tokens that depend on the cache.
 
-The cache of this runner holds, for each position, a hash of all tokens up to it, computed from the entry of the
-position before, which is read through the block table. The next token is a function of the newest entry. So a
-token comes out right only if every block that it depends on was assigned, filled and kept as it should be, and
-a scheduler that hands out a block too early changes the text: tests compare with `expected_tokens`.
+The cache of this runner holds, for each position, a hash of all tokens up to it, computed from the entry of
+the position before, which is read through the block table. The next token is a function of the newest entry.
+So a token comes out right only if every block that it depends on was assigned, filled and kept as it should
+be, and a scheduler that hands out a block too early changes the text: tests compare with `expected_tokens`.
 
 No torch. Used by the tests, for capacity planning (how many requests fit a given latency and cache), and by
 the benchmarks of everything that is not the model.
@@ -120,6 +120,7 @@ class SimulatedRunner:
         blocks = admission.blocks[0]
         self.block_table[row, : len(blocks)] = blocks
         self._set_stops(row, sampling)
+        self._refused.pop(row, None)  # of an owner that was aborted before its first token
         if sampling.logprobs is not None or sampling.prompt_logprobs is not None:
             self._refused[row] = "the simulated model has no log-probabilities"
 

@@ -34,7 +34,8 @@ def dequantize(tensor: GGUFTensor, dtype: torch.dtype = torch.float32) -> Tensor
     convert = _BLOCK_TYPES.get(tensor.type)
     if convert is None:
         known = ", ".join(supported_types())
-        raise UnsupportedModelError(f"tensor {tensor.name!r} is stored as {tensor.type.name}, not one of: {known}")
+        stored = tensor.type.name
+        raise UnsupportedModelError(f"tensor {tensor.name!r} is stored as {stored}, not one of: {known}")
     elements, size = BLOCK_SIZES[tensor.type]
     blocks = raw.view(-1, size)
     out = torch.empty((blocks.shape[0], elements), dtype=dtype)
@@ -157,7 +158,6 @@ _PLAIN_TYPES: dict[GGMLType, torch.dtype] = {
     GGMLType.F32: torch.float32,
     GGMLType.F16: torch.float16,
     GGMLType.BF16: torch.bfloat16,
-    GGMLType.F64: torch.float64,
 }
 _BLOCK_TYPES: dict[GGMLType, Callable[[Tensor], Tensor]] = {
     GGMLType.Q4_0: _q4_0,

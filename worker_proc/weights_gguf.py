@@ -98,4 +98,5 @@ def halves_from_pairs(weight: Tensor, num_heads: int, name: str) -> Tensor:
     rows = weight.shape[0]
     if rows % (2 * num_heads):
         raise WeightsError(f"GGUF tensor {name!r} has {rows} rows, which {num_heads} heads do not divide")
-    return weight.unflatten(0, (num_heads, rows // num_heads // 2, 2)).transpose(1, 2).reshape(weight.shape)
+    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)

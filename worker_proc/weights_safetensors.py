@@ -69,7 +69,8 @@ def _indexed_files(index: Path) -> list[Path]:
 def _nbytes(handle: Any, name: str) -> int:
     view = handle.get_slice(name)
     digits = "".join(filter(str.isdigit, view.get_dtype().split("_")[0]))  # F32, BF16, F8_E4M3, BOOL
-    return math.prod(view.get_shape()) * max(int(digits or 8) // 8, 1)
+    shape: list[int] = view.get_shape()
+    return math.prod(shape) * max(int(digits or 8) // 8, 1)
 
 
 def _read(handle: Any, name: str, file: Path) -> Tensor:

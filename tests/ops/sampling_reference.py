@@ -114,9 +114,7 @@ def draw(logits: Floats, row: Row) -> int:
     if row.temperature == 0:
         return int(values.argmax())
     key = keys(row.seed, len(row.outputs))
-    return max(
-        kept(values, row), key=lambda token: values[token] / row.temperature - log_noise(token, key)
-    )
+    return max(kept(values, row), key=lambda token: values[token] / row.temperature - log_noise(token, key))
 
 
 def chi_square_z(observed: Floats, expected: Floats) -> float:

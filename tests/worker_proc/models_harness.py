@@ -16,8 +16,8 @@ from tercet.worker_proc.models.decoder import CausalLM
 class PagedRunner:
     """Keeps the blocks and lengths of some sequences and runs steps over them.
 
-    The tables are padded with the null block, and the bounds given to attention are above the lengths, as they
-    are in the worker.
+    The tables are padded with the null block, and the bounds given to attention are above the lengths, as
+    they are in the worker.
     """
 
     def __init__(self, model: CausalLM, num_blocks: int = 64, block_size: int = 4, seed: int = 0) -> None:
@@ -34,7 +34,9 @@ class PagedRunner:
         self.blocks: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
-    def step(self, decodes: dict[str, int], chunks: dict[str, list[int]], num_frozen: int = 0) -> dict[str, Tensor]:
+    def step(
+        self, decodes: dict[str, int], chunks: dict[str, list[int]], num_frozen: int = 0
+    ) -> dict[str, Tensor]:
         """One forward.
 
         Args:
@@ -48,9 +50,9 @@ class PagedRunner:
         rows: dict[str, list[int]] = {name: [token] for name, token in decodes.items()}
         frozen: dict[str, list[int]] = {f"frozen {i}": [0] for i in range(num_frozen)}
         for name, tokens in (rows | chunks).items():
-            self._grow(name, len(tokens))
+            self.grow(name, len(tokens))
         rows = rows | frozen | chunks
-        meta, positions = self._metadata(rows, len(decodes) + num_frozen)
+        meta, positions = self.metadata(rows, len(decodes) + num_frozen)
         tokens = torch.tensor([token for row in rows.values() for token in row], device=self.device)
         with torch.inference_mode():
             hidden = self.model(tokens, positions, self.kv_caches, meta)
@@ -58,13 +60,13 @@ class PagedRunner:
         parts = logits.split([len(row) for row in rows.values()])
         return {name: part for name, part in zip(rows, parts, strict=True) if name not in frozen}
 
-    def _grow(self, name: str, count: int) -> None:
+    def grow(self, name: str, count: int) -> None:
         length = self.lengths[name] = self.lengths.get(name, 0) + count
         blocks = self.blocks.setdefault(name, [])
         while len(blocks) * self.block_size < length:
             blocks.append(self.free.pop())
 
-    def _metadata(self, rows: dict[str, list[int]], num_decodes: int) -> tuple[AttentionMetadata, Tensor]:
+    def metadata(self, rows: dict[str, list[int]], num_decodes: int) -> tuple[AttentionMetadata, Tensor]:
         tables, seq_lens, positions, slots, starts = [], [], [], [], [0]
         width = max(len(self.blocks.get(name, [])) for name in rows) + 3
         for name, tokens in rows.items():

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import random
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers")
-
-from tercet.errors import UnsupportedModelError  # noqa: E402
-from tercet.model_source import resolve_model  # noqa: E402
-from tercet.worker_proc.loader import load_model  # noqa: E402
-from tercet.worker_proc.models.decoder import CausalLM  # noqa: E402
-from tercet.worker_proc.models.registry import model_class, supported_architectures  # noqa: E402
-from tests.worker_proc.models_harness import PagedRunner, reference_logits, save_tiny_checkpoint  # noqa: E402
+from tercet.errors import UnsupportedModelError
+from tercet.model_source import resolve_model
+from tercet.worker_proc.loader import load_model
+from tercet.worker_proc.models.config import ConfigReader
+from tercet.worker_proc.models.decoder import CausalLM
+from tercet.worker_proc.models.registry import model_class, supported_architectures
+from tercet.worker_proc.rope import RotaryEmbedding
+from tests.worker_proc.models_harness import PagedRunner, reference_logits, save_tiny_checkpoint
 
 TOLERANCE = 1e-4
 VOCAB_SIZE = 160
@@ -140,7 +142,9 @@ def random_tokens(count: int, seed: int) -> list[int]:
 def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
     # Short factors of longrope: the length stays below the original one.
     model, reference = make_pair(case, tmp_path, max_model_len=128)
-    texts = {name: random_tokens(length, i) for i, (name, length) in enumerate([("a", 31), ("b", 3), ("c", 18)])}
+    texts = {
+        name: random_tokens(length, i) for i, (name, length) in enumerate([("a", 31), ("b", 3), ("c", 18)])
+    }
     expected = {name: reference_logits(reference, tokens) for name, tokens in texts.items()}
     got: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
     runner = PagedRunner(model)
@@ -170,30 +174,29 @@ def test_longrope_uses_the_long_factors_when_long_sequences_are_served(tmp_path:
 
 
 @pytest.mark.parametrize("case", ["llama3-rope", "phi3-longrope", "gemma3-scaled-rope"])
-def test_configs_of_older_transformers_mean_the_same(case: str, tmp_path: Path) -> None:
+def test_configs_of_older_transformers_mean_the_same(case: str) -> None:
     name, changes = CASES[case]
-    config = getattr(transformers, name)(**{**SMALL, **changes})
-    new = model_class({"architectures": [architecture_of(name)]})
-    from tercet.worker_proc.models.config import ConfigReader
+    config = getattr(transformers, name)(**{**SMALL, **changes}).to_dict()
+    old = {key: value for key, value in config.items() if key != "rope_parameters"}
+    scaling = config["rope_parameters"]
+    if "full_attention" in scaling:
+        old["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+        scaling = scaling["full_attention"]
+    old["rope_theta"] = scaling["rope_theta"]
+    old["rope_scaling"] = {
+        key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type")
+    }
+    old["rope_scaling"]["type"] = scaling["rope_type"]
 
-    values = config.to_dict()
-    rope = values.pop("rope_parameters")
-    if "full_attention" in rope:
-        old = {**values, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
-        old["rope_scaling"] = {"type": "linear", "factor": 8.0}
-    else:
-        old = {**values, "rope_theta": rope["rope_theta"]}
-        old["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    spec = new.read_spec(ConfigReader(config.to_dict()).with_defaults(new.config_defaults))
-    spec_of_old = new.read_spec(ConfigReader(old).with_defaults(new.config_defaults))
-    for kind, parameters in spec.rope.items():
-        from tercet.worker_proc.rope import RotaryEmbedding
-
-        ours, theirs = (
-            RotaryEmbedding(p, torch.device("cpu")) for p in (parameters, spec_of_old.rope[kind])
-        )
-        torch.testing.assert_close(ours.inv_freq, theirs.inv_freq)
-        assert ours.attention_factor == theirs.attention_factor
+    cls = model_class({"architectures": [architecture_of(name)]})
+    new_spec, old_spec = (
+        cls.read_spec(ConfigReader(c).with_defaults(cls.config_defaults)) for c in (config, old)
+    )
+    assert new_spec.rope.keys() == old_spec.rope.keys()
+    for kind in new_spec.rope:
+        of_new, of_old = (RotaryEmbedding(s.rope[kind], torch.device("cpu")) for s in (new_spec, old_spec))
+        torch.testing.assert_close(of_new.inv_freq, of_old.inv_freq)
+        assert of_new.attention_factor == of_old.attention_factor
 
 
 def architecture_of(config_name: str) -> str:
@@ -207,7 +210,9 @@ def test_half_precision_follows_float32(dtype: str, tmp_path: Path) -> None:
     model = load_model(resolve_model(tmp_path), device="cpu", dtype=dtype)
     tokens = random_tokens(12, 0)
     runner = PagedRunner(model)
-    got = torch.cat([runner.step({}, {"a": tokens[:9]})["a"]] + [runner.step({"a": t}, {})["a"] for t in tokens[9:]])
+    got = torch.cat(
+        [runner.step({}, {"a": tokens[:9]})["a"]] + [runner.step({"a": t}, {})["a"] for t in tokens[9:]]
+    )
     expected = reference_logits(reference, tokens)
     assert got.dtype == torch.float32
     assert (got - expected).abs().max() < 0.05 * expected.abs().max()
@@ -241,11 +246,71 @@ def test_every_architecture_of_the_registry_is_compared() -> None:
 
 
 def test_no_transformers_model_code_is_imported_by_the_worker() -> None:
-    import subprocess
-    import sys
-
     check = (
         "import sys, tercet.worker_proc.loader, tercet.worker_proc.models.gemma3; "
         "sys.exit(any(name.split('.')[0] == 'transformers' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_gives_the_same_and_never_waits(case: str, tmp_path: Path) -> None:
+    _, reference = make_pair(case, tmp_path)
+    model = load_model(resolve_model(tmp_path), device="cuda", max_model_len=128)
+    tokens = random_tokens(24, 0)
+    expected = reference_logits(reference, tokens)
+    runner = PagedRunner(model)
+    got = [
+        runner.step({}, {"a": tokens[:15], "b": tokens[:3]})["a"],
+        runner.step({}, {"a": tokens[15:22]})["a"],
+    ]
+    got += [runner.step({"a": token, "b": 5}, {}, num_frozen=2)["a"] for token in tokens[22:]]
+    torch.testing.assert_close(torch.cat(got).cpu(), expected, atol=5e-4, rtol=0)
+
+    runner.grow("a", 1)
+    rows = {"a": [5], "b": [6, 7, 8]}
+    runner.grow("b", 3)
+    meta, positions = runner.metadata(rows, num_decodes=1)
+    token_ids = torch.tensor([5, 6, 7, 8], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.compute_logits(model(token_ids, positions, runner.kv_caches, meta))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "gemma3"])
+def test_decode_can_be_captured_as_a_cuda_graph(case: str, tmp_path: Path) -> None:
+    make_pair(case, tmp_path)
+    model = load_model(resolve_model(tmp_path), device="cuda")
+    runner = PagedRunner(model)
+    prompts = {"a": random_tokens(20, 0), "b": random_tokens(9, 1)}
+    runner.step({}, prompts)
+    for name in prompts:
+        runner.grow(name, 1)
+    rows = {"a": [5], "b": [6]}
+    token_ids = torch.tensor([5, 6], device="cuda")
+
+    def forward() -> torch.Tensor:
+        meta, positions = metadata
+        fresh = replace(meta, memo={})
+        with torch.inference_mode():
+            return model.compute_logits(model(token_ids, positions, runner.kv_caches, fresh))
+
+    metadata = runner.metadata(rows, num_decodes=2)
+    expected = forward()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        forward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward()
+    token_ids.copy_(torch.tensor([9, 9]))
+    graph.replay()
+    assert not torch.allclose(captured, expected, atol=1e-3)
+    token_ids.copy_(torch.tensor([5, 6]))
+    graph.replay()
+    torch.testing.assert_close(captured, expected, atol=1e-5, rtol=0)

@@ -217,10 +217,16 @@ def test_a_row_forgets_its_last_request() -> None:
     for place in range(8):
         used.state.release(place)
     rows = [random_row(rng, ("plain", "penalties", "bad_words", "min_tokens")[i % 4]) for i in range(8)]
+    # Shorter lists than before, and tokens that the last request was full of
+    rows[0].stop = (EOS,)
+    rows[1].stop, rows[1].frequency = (), 1.5
     fresh = Bench()
     for place, row in enumerate(rows):
         used.admit(place, row)
         fresh.admit(place, row)
+    assert used.state.seen is not None
+    assert fresh.state.seen is not None
+    assert torch.equal(used.state.seen[1], fresh.state.seen[1])
     logits = rng.normal(0, 1, (8, VOCAB)).astype(np.float32)
     after, clean = used.step(list(range(8)), logits), fresh.step(list(range(8)), logits)
     assert after.token_B.tolist() == clean.token_B.tolist()
@@ -250,6 +256,23 @@ def test_ends_are_told_apart() -> None:
     ]
 
 
+def test_stop_ids_of_the_last_request_in_a_row_do_not_end_the_next() -> None:
+    bench = Bench()
+    bench.admit(0, Row([1], temperature=0.0), eos_token_ids=[2], stop_token_ids=[3, 4, 5, 6])
+    bench.state.release(0)
+    bench.admit(0, Row([1], temperature=0.0), stop_token_ids=[9])
+    assert [step_to(bench, 0, token) for token in (2, 4, 6)] == [Finish.NONE] * 3
+    assert step_to(bench, 0, 9) is Finish.STOP_TOKEN
+    bench.admit(1, Row([1], temperature=0.0), stop_token_ids=[8])
+    bench.state.release(0)
+    bench.admit(0, Row([1], temperature=0.0))
+    batch = bench.state.plan(np.array([0, 1]))
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 9] = 1
+    result = bench.sampler(logits, batch, bench.history, bench.lengths)
+    assert result.finish_B.tolist() == [Finish.NONE, Finish.NONE]
+
+
 def test_max_tokens_and_max_model_len_end_a_row_unless_it_stops() -> None:
     bench = Bench()
     bench.admit(0, Row([1, 1], temperature=0.0), max_tokens=2, eos_token_ids=[2])
@@ -257,7 +280,7 @@ def test_max_tokens_and_max_model_len_end_a_row_unless_it_stops() -> None:
     bench.admit(1, Row([1, 1], [7], temperature=0.0), max_tokens=2, eos_token_ids=[2])
     assert step_to(bench, 1, 2) is Finish.EOS
     bench.admit(2, Row([1] * (MAX_LEN - 2), temperature=0.0))
-    assert [step_to(bench, 2, 7), step_to(bench, 2, 7)] == [Finish.NONE, Finish.LENGTH][::1]
+    assert [step_to(bench, 2, 7), step_to(bench, 2, 7)] == [Finish.NONE, Finish.LENGTH]
 
 
 def test_min_tokens_holds_stop_ids_back() -> None:
@@ -298,7 +321,7 @@ def test_a_broken_row_is_marked_and_the_others_go_on() -> None:
         assert result.bad_B.tolist() == [False, True, False, True, True, False]
         assert result.finish_B.tolist() == [0, Finish.ERROR, 0, Finish.ERROR, Finish.ERROR, 0]
         assert result.token_B[[0, 2, 5]].tolist() == wanted.token_B[[0, 2, 5]].tolist()
-        assert 0 <= int(result.token_B.min())
+        assert int(result.token_B.min()) >= 0
         assert int(result.token_B.max()) < VOCAB
         assert result.logprobs is not None
         assert wanted.logprobs is not None
@@ -444,6 +467,7 @@ def test_misuse_of_rows_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_gpu_draws_the_same_tokens_without_waiting() -> None:
     host, device = Bench(), Bench(device=torch.device("cuda"))
     rng = np.random.default_rng(12)
