@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from pathlib import Path
 
-from tercet.ipc.child import adopt
+import msgspec
+
+from tercet.ipc.child import ChildProcess, adopt
+
+
+def run(child: ChildProcess) -> int:
+    """Run the core; returns the exit code."""
+    try:
+        from tercet.core_proc.main import main
+
+        return main(child)
+    finally:
+        if child.orphaned:
+            _remove_directory(child)
+
+
+def _remove_directory(child: ChildProcess) -> None:
+    from tercet.config import ProcessConfig
+    from tercet.ipc import runtime_dir
+
+    config = msgspec.msgpack.decode(child.config, type=ProcessConfig)
+    runtime_dir.remove(Path(config.runtime_dir))
+
 
 if __name__ == "__main__":
-    import signal
-
     # SIGTERM, not SIGKILL: this process removes the socket files of an engine whose parent was killed.
-    child = adopt(signal.SIGTERM)
-    from tercet.core_proc.main import main
-
-    sys.exit(main(child))
+    sys.exit(run(adopt(signal.SIGTERM)))

@@ -63,6 +63,10 @@ class BlockPool:
         block = self._by_hash.get(block_hash)
         return block if block is not None and self._tokens_of[block] == tokens else None
 
+    def find_all(self, hashes: Iterable[BlockHash]) -> list[int]:
+        """Blocks known under any of these hashes."""
+        return [self._by_hash[block_hash] for block_hash in hashes if block_hash in self._by_hash]
+
     def is_evictable(self, block: int) -> bool:
         return block in self._evictable
 
@@ -126,7 +130,9 @@ class BlockPool:
         assert len(free) == len(self._free), "a block is free twice"
         evictable = set(self._evictable)
         in_use = {block for block, count in enumerate(counts) if count}
-        assert not free & evictable and not free & in_use and not evictable & in_use, "a block is in two places"
+        assert not free & evictable and not free & in_use and not evictable & in_use, (
+            "a block is in two places"
+        )
         assert len(free) + len(evictable) + len(in_use) == self.num_blocks - 1, "a block is lost"
         assert evictable <= self._hash_of.keys(), "an evictable block has no contents"
         assert not free & self._hash_of.keys(), "a free block has contents"

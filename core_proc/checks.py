@@ -31,10 +31,14 @@ def check_request(message: AddRequest, model: ModelInfo, limits: Limits) -> None
     tokens = message.token_ids
     _require(tokens.dtype == np.int32 and tokens.ndim == 1, "token_ids: must be a vector of int32")
     _require(0 < message.prompt_len <= len(tokens), "prompt_len: must be in [1, number of token ids]")
-    _require(len(tokens) < model.max_model_len, f"prompt: must leave room for a token below {model.max_model_len}")
+    _require(
+        len(tokens) < model.max_model_len, f"prompt: must leave room for a token below {model.max_model_len}"
+    )
     _require(_in_vocab(tokens, model.vocab_size), f"token_ids: must be in [0, {model.vocab_size})")
     _require(1 <= len(message.seeds) <= limits.max_children, f"n: must be in [1, {limits.max_children}]")
-    _require(len(tokens) == message.prompt_len or len(message.seeds) == 1, "n: a resumed request has one child")
+    _require(
+        len(tokens) == message.prompt_len or len(message.seeds) == 1, "n: a resumed request has one child"
+    )
     _require(all(0 <= seed < _U64 for seed in message.seeds), "seed: must fit 64 bits")
     _require(0 <= message.handle <= _U64 - len(message.seeds), "handle: must fit 64 bits")
     _require(-(2**31) <= message.priority < 2**31, "priority: must fit 32 bits")
@@ -42,7 +46,8 @@ def check_request(message: AddRequest, model: ModelInfo, limits: Limits) -> None
     _check_unsupported(message)
     _check_sampling(message.sampling, model.vocab_size, limits)
     _require(
-        len(tokens) < message.prompt_len + message.sampling.max_tokens, "max_tokens: already reached by the outputs"
+        len(tokens) < message.prompt_len + message.sampling.max_tokens,
+        "max_tokens: already reached by the outputs",
     )
 
 
@@ -59,7 +64,9 @@ def _check_sampling(s: Sampling, vocab_size: int, limits: Limits) -> None:
     _require(_finite(s.top_p) and 0 < s.top_p <= 1, "top_p: must be in (0, 1]")
     _require(_finite(s.min_p) and 0 <= s.min_p <= 1, "min_p: must be in [0, 1]")
     _require(0 <= s.top_k < 2**31, "top_k: must be at least 0")
-    _require(_finite(s.repetition_penalty) and s.repetition_penalty > 0, "repetition_penalty: must be above 0")
+    _require(
+        _finite(s.repetition_penalty) and s.repetition_penalty > 0, "repetition_penalty: must be above 0"
+    )
     _require(_finite(s.presence_penalty), "presence_penalty: must be finite")
     _require(_finite(s.frequency_penalty), "frequency_penalty: must be finite")
     for name in ("logprobs", "prompt_logprobs"):
@@ -79,12 +86,16 @@ def _check_sampling(s: Sampling, vocab_size: int, limits: Limits) -> None:
 def _check_arrays(s: Sampling, vocab_size: int) -> None:
     allowed, ids, values = s.allowed_token_ids, s.logit_bias_ids, s.logit_bias_values
     if allowed is not None:
-        _require(allowed.dtype == np.int32 and allowed.ndim == 1, "allowed_token_ids: must be a vector of int32")
+        _require(
+            allowed.dtype == np.int32 and allowed.ndim == 1, "allowed_token_ids: must be a vector of int32"
+        )
         _require(0 < len(allowed) <= vocab_size, "allowed_token_ids: must not be empty")
         _require(_in_vocab(allowed, vocab_size), f"allowed_token_ids: must be in [0, {vocab_size})")
     _require((ids is None) == (values is None), "logit_bias: ids and values must come together")
     if ids is not None and values is not None:
-        _require(ids.dtype == np.int32 and values.dtype == np.float32, "logit_bias: must be int32 and float32")
+        _require(
+            ids.dtype == np.int32 and values.dtype == np.float32, "logit_bias: must be int32 and float32"
+        )
         _require(ids.ndim == 1 and ids.shape == values.shape, "logit_bias: ids and values must match")
         _require(len(ids) <= _MAX_BIAS, f"logit_bias: at most {_MAX_BIAS} entries")
         _require(_in_vocab(ids, vocab_size), f"logit_bias: ids must be in [0, {vocab_size})")

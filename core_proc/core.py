@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 import msgspec
+import numpy as np
 
 from tercet.config import EngineConfig
 from tercet.core_proc.checks import Refused, check_request
@@ -111,11 +112,12 @@ class Core:
     def run_plain(self) -> None:
         """One step at a time: the reference that the overlapped loop must equal."""
         while not self.stopping:
-            self._handle_messages(wait=True)
-            if (plan := self._schedule()) is not None:
-                self._send_plan(plan)
-                while not self._results and not self.stopping:
-                    self._handle_messages(wait=True)
+            if (plan := self._schedule()) is None:
+                self._handle_messages(wait=True)
+                continue
+            self._send_plan(plan)
+            while not self._results and not self.stopping:
+                self._handle_messages(wait=True)
             while self._results:
                 self._send_outputs(self._apply(self._results.popleft()))
 
@@ -134,7 +136,10 @@ class Core:
         return self.scheduler.schedule(time.monotonic())
 
     def _send_plan(self, plan: StepPlan) -> None:
-        self._workers.send(self._worker, plan)
+        try:
+            self._workers.send(self._worker, plan)
+        except PeerUnreachableError as error:
+            raise WorkerDiedError(f"worker: {error}") from None
 
     def _apply(self, result: StepResult) -> list[tuple[int, msgspec.Struct]]:
         outgoing = apply_result(self.scheduler, result, time.monotonic())
@@ -149,6 +154,8 @@ class Core:
 
     def _handle_messages(self, wait: bool) -> None:
         """Handle all that has arrived; with `wait`, block until something does or a heartbeat is due."""
+        if self._waiting_pauses:  # the result applied last may have been what they waited for
+            self._answer_pauses()
         for fd in self._waiter.wait(self._wait_s() if wait else 0.0):
             if fd == self._stop_fd:
                 self.stopping = True
@@ -187,13 +194,15 @@ class Core:
             return
         if frontend is None or message.epoch != self.scheduler.epoch:
             self._num_dropped += 1
+            if frontend is None and not isinstance(message, Goodbye):
+                reason = "not attached: say Hello first; a frontend that does not read is detached"
+                self._try_send(peer, Goodbye(epoch=self.scheduler.epoch, reason=reason))
             return
         match message:
             case AddRequest():
                 self._on_add(frontend, message)
             case Abort():
-                stopped = message.reason is Finish.EOS
-                self.scheduler.abort(frontend.slot, message.handles.tolist(), stopped=stopped)
+                self._on_abort(frontend, message)
             case Call():
                 self._on_call(frontend, message)
             case Heartbeat():
@@ -242,6 +251,13 @@ class Core:
             return
         self.scheduler.add(frontend.slot, message, time.monotonic())
 
+    def _on_abort(self, frontend: Frontend, message: Abort) -> None:
+        handles = message.handles
+        if handles.ndim != 1 or handles.dtype != np.uint64:
+            self._on_malformed(frontend.peer, WireError("handles: must be a vector of u64"))
+            return
+        self.scheduler.abort(frontend.slot, handles.tolist(), stopped=message.reason is Finish.EOS)
+
     def _on_malformed(self, peer: bytes, error: WireError) -> None:
         """Tell a peer that what it sent is no message; nothing else notices."""
         logger.warning("malformed message from a frontend: %s", error)
@@ -260,6 +276,9 @@ class Core:
                 self._waiting_pauses.append((frontend, call))
             case ResumeGeneration():
                 self.scheduler.paused = None
+                pauses, self._waiting_pauses = self._waiting_pauses, []
+                for owner, pause in pauses:
+                    self._reply(owner, pause, error="resumed before everything had come to rest")
                 self._reply(frontend, call)
             case GetStats():
                 self._reply(frontend, call, stats=self.stats())
@@ -274,10 +293,9 @@ class Core:
             self.abort_all()
 
     def _answer_pauses(self) -> None:
-        """Reply to pauses that have come to rest: nothing in flight, and under WAIT nothing running."""
+        """Reply to pauses that have come to rest."""
         scheduler = self.scheduler
-        running = scheduler.rows.num_running if scheduler.paused is PauseMode.WAIT else 0
-        if scheduler.num_in_flight or running:
+        if not scheduler.at_rest:
             return
         for frontend, call in self._waiting_pauses:
             if isinstance(call.body, PauseGeneration) and call.body.clear_cache:
@@ -289,10 +307,11 @@ class Core:
     def abort_all(self) -> None:
         """End every request, telling its frontend."""
         requests = list(self.scheduler.requests.values())
-        self._send_outputs([*end_outputs(self.scheduler, requests, Finish.ABORT)])
+        outputs = end_outputs(self.scheduler, requests, Finish.ABORT)
         for request in requests:
             self.scheduler.end(request)
         self.scheduler.counters.num_aborted += len(requests)
+        self._send_outputs([*outputs])
 
     def _reply(
         self,
@@ -372,7 +391,9 @@ class Core:
         self.frontends.detach(frontend)
         count = self.scheduler.abort_frontend(frontend.slot)
         self._waiting_pauses = [(f, call) for f, call in self._waiting_pauses if f is not frontend]
-        logger.info("frontend %s (slot %d) detached, %d requests aborted", frontend.name, frontend.slot, count)
+        logger.info(
+            "frontend %s (slot %d) detached, %d requests aborted", frontend.name, frontend.slot, count
+        )
 
     def close(self, reason: str) -> None:
         """End what runs and tell everyone that this core leaves."""

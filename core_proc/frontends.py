@@ -12,6 +12,7 @@ import msgspec
 
 from tercet.ipc.messages import Hello
 
+_MAX_NAME = 80
 MAX_BACKLOG = 4096  # messages kept for a frontend that does not read, before it is given up
 
 
@@ -41,9 +42,9 @@ class Frontends:
 
     def attach(self, peer: bytes, hello: Hello) -> Frontend:
         """Admit a frontend, watching its process where it runs on this host."""
-        frontend = Frontend(self._next_slot, peer, hello.name)
+        frontend = Frontend(self._next_slot, peer, hello.name[:_MAX_NAME])
         self._next_slot += 1
-        if hello.host == self._host and hello.pid > 0:
+        if hello.host == self._host and 0 < hello.pid < 2**31:
             try:
                 frontend.pidfd = os.pidfd_open(hello.pid)
                 self.by_pidfd[frontend.pidfd] = frontend

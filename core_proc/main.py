@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from pathlib import Path
 
 import msgspec
 
@@ -15,7 +14,6 @@ from tercet.core_proc.core import Core, WorkerDiedError
 from tercet.core_proc.results import ResultError
 from tercet.core_proc.scheduler import Scheduler
 from tercet.errors import ConfigError
-from tercet.ipc import runtime_dir
 from tercet.ipc.channel import RouterEnd, Waiter
 from tercet.ipc.child import ChildProcess, Failed, Ready
 from tercet.ipc.messages import (
@@ -43,8 +41,6 @@ def main(child: ChildProcess) -> int:
     def stop(*_: object) -> None:
         os.write(stop_w, b"x")
 
-    orphaned = []
-    child.on_orphaned = lambda: (orphaned.append(True), stop())[-1]
     signal.signal(signal.SIGTERM, stop)
     try:
         return _serve(config, child, stop_r)
@@ -52,9 +48,10 @@ def main(child: ChildProcess) -> int:
         logger.error("%s", error)
         child.report(Failed(str(error)))
         return 1
-    finally:
-        if orphaned or os.getppid() == 1:
-            runtime_dir.remove(Path(config.runtime_dir))
+    except Exception as error:
+        logger.exception("the core cannot go on")
+        child.report(Failed(f"{type(error).__name__}: {error}"))
+        return 1
 
 
 def _serve(config: ProcessConfig, child: ChildProcess, stop_fd: int) -> int:
@@ -74,9 +71,6 @@ def _serve(config: ProcessConfig, child: ChildProcess, stop_fd: int) -> int:
             logger.info("ready at %s: %d blocks of %d tokens", config.frontend_address, *_size(scheduler))
             try:
                 core.run()
-            except Exception:
-                logger.exception("the core cannot go on")
-                raise
             finally:
                 core.close("the engine was shut down" if core.stopping else "the engine has died")
     return 0

@@ -71,7 +71,9 @@ def apply_result(scheduler: Scheduler, result: StepResult, now: float) -> Outgoi
     return Outgoing(outputs, failures)
 
 
-def end_outputs(scheduler: Scheduler, requests: list[Request], finish: Finish) -> list[tuple[int, StepOutputs]]:
+def end_outputs(
+    scheduler: Scheduler, requests: list[Request], finish: Finish
+) -> list[tuple[int, StepOutputs]]:
     """Messages that end these requests without a token, one per frontend."""
     by_frontend: dict[int, list[Request]] = {}
     for request in requests:
@@ -100,7 +102,7 @@ def _check(scheduler: Scheduler, result: StepResult) -> None:
     sizes = {len(result.gen), len(result.token), len(result.finish)}
     if sizes != {m} or result.offset is not None:
         raise ResultError("columns of different lengths")
-    if m and not (0 <= int(result.row.min()) and int(result.row.max()) < scheduler.rows.num_rows):
+    if m and not 0 <= int(result.row.min()) <= int(result.row.max()) < scheduler.rows.num_rows:
         raise ResultError("a row that does not exist")
 
 
@@ -130,7 +132,7 @@ def _read_entries(scheduler: Scheduler, result: StepResult) -> _Entries:
 def _read_stale(scheduler: Scheduler, result: StepResult, entries: _Entries, index: int) -> None:
     """A token for a request that has left its row: it counts if the request was preempted."""
     request = scheduler.draining.get((int(result.row[index]), int(result.gen[index])))
-    if request is None or scheduler.requests.get((request.frontend, request.handle)) is not request:
+    if request is None or not scheduler.is_unfinished(request):
         return
     entries.frontend[index] = request.frontend
     entries.handle[index] = request.handle
@@ -147,6 +149,8 @@ def _finish_rows(scheduler: Scheduler, result: StepResult, entries: _Entries) ->
         row = int(result.row[index])
         request = scheduler.rows.requests[row]
         if request is not None and scheduler.rows.gen[row] == result.gen[index]:
+            # The device has frozen the row: a step in flight, though planned, leaves its last token out.
+            scheduler.rows.computed[row] = scheduler.rows.known[row] - 1
             scheduler.end(request)
             scheduler.counters.num_finished += 1
 
@@ -161,20 +165,21 @@ def _forget_drained(scheduler: Scheduler) -> None:
 
 def _fail_rows(scheduler: Scheduler, errors: RowErrors | None) -> list[tuple[int, RequestFailed]]:
     """End requests whose computation failed; what they left in the cache is void."""
-    failures = []
-    if errors is not None:
-        for row, gen, problem in zip(errors.row.tolist(), errors.gen.tolist(), errors.message, strict=True):
-            request = scheduler.rows.requests[row] if scheduler.rows.gen[row] == gen else None
-            request = request or scheduler.draining.get((row, gen))
-            if request is None or scheduler.requests.get((request.frontend, request.handle)) is not request:
-                continue
-            blocks = scheduler.rows.blocks_of(row) if request.row == row else []
-            scheduler.end(request)
-            scheduler.pool.unpublish(blocks)
-            message = RequestFailed(
-                epoch=scheduler.epoch, handle=request.handle, code="internal", message=problem
-            )
-            failures.append((request.frontend, message))
+    failures: list[tuple[int, RequestFailed]] = []
+    if errors is None:
+        return failures
+    for row, gen, problem in zip(errors.row.tolist(), errors.gen.tolist(), errors.message, strict=True):
+        owner = scheduler.rows.requests[row] if scheduler.rows.gen[row] == gen else None
+        request = owner or scheduler.draining.get((row, gen))
+        if request is None or not scheduler.is_unfinished(request):
+            continue
+        blocks = scheduler.rows.blocks_of(row) if owner else []
+        scheduler.end(request)
+        scheduler.pool.unpublish([*blocks, *scheduler.pool.find_all(request.hashes)])
+        message = RequestFailed(
+            epoch=scheduler.epoch, handle=request.handle, code="internal", message=problem
+        )
+        failures.append((request.frontend, message))
     return failures
 
 
@@ -231,7 +236,7 @@ def _rekey_prompt(scheduler: Scheduler, result: StepResult) -> list[tuple[int, P
     found = []
     for i, row in enumerate(columns.key.tolist()):
         request = owners.get(row)
-        if request is None or scheduler.requests.get((request.frontend, request.handle)) is not request:
+        if request is None or not scheduler.is_unfinished(request):
             continue
         start, stop = int(columns.offset[i]), int(columns.offset[i + 1])
         request.prompt_logprobs_from = int(columns.start[i]) + stop - start

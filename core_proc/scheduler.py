@@ -1,8 +1,8 @@
 """The scheduler: a plain object that turns requests and results into plans and outputs.
 
-There are no prefill or decode phases. Every running request catches `computed` up with the tokens that it has;
-one that has caught up computes one token a step. A step holds all rows that decode and, in what is left of
-the token budget, chunks of prompts. Plans carry differences: the columns of `RowTable` advance by vector
+There are no prefill or decode phases. Every running request catches `computed` up with the tokens that it
+has; one that has caught up computes one token a step. A step holds all rows that decode and, in what is left
+of the token budget, chunks of prompts. Plans carry differences: the columns of `RowTable` advance by vector
 operations, and Python runs per request only for one that arrives, crosses a block boundary or ends.
 
 It owns no socket, clock or tensor: time is an argument, so any history of calls can be replayed.
@@ -20,7 +20,7 @@ from tercet.config import SchedulerConfig
 from tercet.core_proc.block_pool import BlockPool
 from tercet.core_proc.prefix_cache import BlockHasher
 from tercet.core_proc.request import NO_ROW, Prompt, Request
-from tercet.core_proc.rows import FREE, RowTable
+from tercet.core_proc.rows import RowTable
 from tercet.core_proc.waiting_queue import WaitingQueue
 from tercet.ipc.messages import AddRequest, Admission, Audit, PauseMode, RowState, StepPlan
 
@@ -84,7 +84,7 @@ class Scheduler:
         self.paused: PauseMode | None = None
         # Preempted requests whose last results are in flight: (row, gen) -> request.
         self.draining: dict[tuple[int, int], Request] = {}
-        # Requests that want prompt logprobs, by the step that computes a chunk of theirs: step -> row -> request.
+        # Requests that want prompt logprobs: step that computes a chunk of theirs -> row -> request.
         self.scoring: dict[int, dict[int, Request]] = {}
         self._draft = Draft()
         self._prefilling: list[int] = []  # rows, in order of admission
@@ -135,7 +135,10 @@ class Scheduler:
 
     def abort_frontend(self, frontend: int) -> int:
         """End every request of a frontend that has left."""
-        return self.abort(frontend, [handle for owner, handle in self.requests if owner == frontend])
+        # Last first, so that the waiting queue is emptied from its end.
+        return self.abort(
+            frontend, [handle for owner, handle in reversed(self.requests) if owner == frontend]
+        )
 
     def end(self, request: Request) -> None:
         """Forget a request, wherever it is; its blocks are free from the next plan on."""
@@ -164,10 +167,22 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.requests)
 
+    def is_unfinished(self, request: Request) -> bool:
+        return self.requests.get((request.frontend, request.handle)) is request
+
     @property
     def num_in_flight(self) -> int:
         """Plans whose results are not applied yet."""
         return self.step - self.applied_step
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether a pause has been reached: nothing in flight and, under WAIT, nothing half finished."""
+        if self.num_in_flight:
+            return False
+        if self.paused is not PauseMode.WAIT:
+            return True
+        return not self.rows.num_running and all(request.started_s < 0 for request in self.waiting)
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None where nothing can run before a result or a message changes something."""
@@ -178,7 +193,7 @@ class Scheduler:
         num_decodes = int(np.count_nonzero(decoding))
         budget = self.config.max_num_batched_tokens - num_decodes
         budget = self._continue_prefills(budget)
-        if not preempted and self.paused is None:
+        if not preempted and self.paused is not PauseMode.ABORT:
             self._admit(budget, now)
         if num_decodes == 0 and not self._draft.chunks:
             return None
@@ -240,17 +255,23 @@ class Scheduler:
         """Move waiting requests into rows while rows, blocks and token budget last."""
         skipped: list[Request] = []
         while budget > 0 and self.rows.num_free and len(skipped) < _LOOKAHEAD:
-            request = self.waiting.peek()
+            request = self._next_waiting()
             if request is None or request.wait_for_step > self.applied_step:
                 break
             if self._too_many_long(request):
-                skipped.append(self.waiting.pop())
+                self.waiting.remove(request)
+                skipped.append(request)
                 continue
             if not self._occupy(request, now):
                 break
             budget -= self._add_chunk(request.row, budget)
         for request in skipped:
             self.waiting.push(request)
+
+    def _next_waiting(self) -> Request | None:
+        if self.paused is PauseMode.WAIT:  # what had started and was preempted shall finish
+            return next((request for request in self.waiting if request.started_s >= 0), None)
+        return self.waiting.peek()
 
     def _too_many_long(self, request: Request) -> bool:
         config = self.config
@@ -269,7 +290,7 @@ class Scheduler:
         reserve = self.rows.num_running // self.block_size
         if num_new + reserve > available:
             return False
-        self.waiting.pop()
+        self.waiting.remove(request)
         for block in hits:
             self.pool.share(block)
         fresh = [self.pool.allocate() for _ in range(num_new)]
@@ -296,7 +317,9 @@ class Scheduler:
         hits = []
         size = self.block_size
         for index in range(min(len(request.hashes), (len(token_ids) - 1) // size)):
-            block = self.pool.find(request.hashes[index], token_ids[index * size : (index + 1) * size].tobytes())
+            block = self.pool.find(
+                request.hashes[index], token_ids[index * size : (index + 1) * size].tobytes()
+            )
             if block is None:
                 break
             hits.append(block)
@@ -351,7 +374,9 @@ class Scheduler:
         self.hasher.extend(request.hashes, request.prompt.root, tokens[: last * size])
         for index in range(first, last):
             block = int(self.rows.blocks[row, index])
-            self.pool.publish(block, request.hashes[index], tokens[index * size : (index + 1) * size].tobytes())
+            self.pool.publish(
+                block, request.hashes[index], tokens[index * size : (index + 1) * size].tobytes()
+            )
 
     def _advance_decodes(self, decoding: np.ndarray) -> None:
         rows = self.rows
@@ -446,5 +471,7 @@ class Scheduler:
                 assert rows.computed[row] == rows.planned[row] - 1, "a decoding row is not one token behind"
 
 
-def _column(entries: list[int] | list[tuple[int, int]] | list[tuple[int, int, int, int]]) -> np.ndarray | None:
+def _column(
+    entries: list[int] | list[tuple[int, int]] | list[tuple[int, int, int, int]],
+) -> np.ndarray | None:
     return np.array(entries, np.int32) if entries else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -32,13 +32,14 @@ class WaitingQueue:
     def peek(self) -> Request | None:
         return self._requests[self._head] if self._head < len(self._requests) else None
 
-    def pop(self) -> Request:
-        request = self._requests[self._head]
-        self._head += 1
-        if self._head > 64 and self._head * 2 > len(self._requests):
-            del self._requests[: self._head]
-            self._head = 0
-        return request
-
     def remove(self, request: Request) -> None:
-        self._requests.pop(self._requests.index(request, self._head))
+        """Take a request out; the first one costs no move of the others."""
+        if request is self.peek():
+            self._head += 1
+            if self._head > 64 and self._head * 2 > len(self._requests):
+                del self._requests[: self._head]
+                self._head = 0
+            return
+        index = bisect_left(self._requests, self.key(request), lo=self._head, key=self.key)
+        assert self._requests[index] is request, "arrivals are unique"
+        del self._requests[index]

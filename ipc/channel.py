@@ -17,6 +17,8 @@ import secrets
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from socket import AF_UNIX
+from socket import socket as UnixSocket
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, cast
 
@@ -48,7 +50,9 @@ def check_address(address: str) -> str:
     if scheme != "ipc" or not path.startswith("/"):
         raise ConfigError("address", f"must be ipc:///absolute/path; got {address!r}")
     if len(path.encode()) > MAX_IPC_PATH:
-        raise ConfigError("address", f"the path of a Unix socket has at most {MAX_IPC_PATH} bytes; got {path!r}")
+        raise ConfigError(
+            "address", f"the path of a Unix socket has at most {MAX_IPC_PATH} bytes; got {path!r}"
+        )
     return address
 
 
@@ -60,7 +64,8 @@ def socket_path(address: str) -> Path:
 class _End(Generic[In]):
     """What all ends share: a context, a socket, an encoder and a decoder."""
 
-    def __init__(self, kind: int, inbox: Any) -> None:
+    def __init__(self, kind: int, address: str, inbox: Any) -> None:
+        self.address = check_address(address)
         self._context = zmq.Context(io_threads=1)
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
@@ -85,7 +90,9 @@ class _End(Generic[In]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def _send_frames(self, prefix: bytes | None, message: msgspec.Struct) -> None:
@@ -110,7 +117,7 @@ class _End(Generic[In]):
 
     def _recv_frames(self) -> list[zmq.Frame] | None:
         try:
-            return cast("list[zmq.Frame]", self._socket.recv_multipart(zmq.DONTWAIT, copy=False))
+            return self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
@@ -136,15 +143,15 @@ class RouterEnd(_End[In]):
         Raises:
             ConfigError: the address is not one that Tercet opens, or is in use.
         """
-        super().__init__(zmq.ROUTER, inbox)
-        self.address = check_address(address)
+        _check_free(check_address(address))  # zmq would silently replace whatever file is there
+        super().__init__(zmq.ROUTER, address, inbox)
         self.on_malformed: Callable[[bytes, WireError], None] | None = None
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            self.close()
+            super().close()
             raise ConfigError("address", f"cannot bind {address}: {error}") from None
         socket_path(address).chmod(0o600)
 
@@ -170,9 +177,10 @@ class RouterEnd(_End[In]):
         return None
 
     def close(self) -> None:
-        """Close, and remove the socket file."""
-        super().close()
-        socket_path(self.address).unlink(missing_ok=True)
+        """Close, and remove the socket file. Idempotent."""
+        if not self.closed:
+            super().close()
+            socket_path(self.address).unlink(missing_ok=True)
 
 
 class DealerEnd(_End[In]):
@@ -184,8 +192,7 @@ class DealerEnd(_End[In]):
         Args:
             identity: how the router knows this end; random where None. Must be unique among its peers.
         """
-        super().__init__(zmq.DEALER, inbox)
-        self.address = check_address(address)
+        super().__init__(zmq.DEALER, address, inbox)
         self._socket.setsockopt(zmq.IDENTITY, identity or secrets.token_bytes(8).replace(b"\0", b"\1"))
         self._socket.connect(address)
 
@@ -230,28 +237,33 @@ class AsyncDealerEnd(DealerEnd[In]):
     def start(self, handler: Callable[[In], None]) -> None:
         """From now on call `handler` on the running loop with each message, in order."""
         self._loop, self._handler = asyncio.get_running_loop(), handler
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+        self._loop.add_reader(self._descriptor(), self._drain)
         self._schedule()
 
     def send(self, message: msgspec.Struct) -> None:
-        super().send(message)
-        if self._loop is not None and not self._scheduled and self._readable():
-            self._schedule()
+        try:
+            super().send(message)
+        finally:  # a send that fails has read the socket's state too
+            if self._loop is not None and not self._scheduled and self._readable():
+                self._schedule()
 
     def close(self) -> None:
         if self._loop is not None and not self._socket.closed:
             if not self._loop.is_closed():
-                self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+                self._loop.remove_reader(self._descriptor())
             self._loop = None
         super().close()
 
     def _readable(self) -> bool:
-        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+        return bool(cast(int, self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+    def _descriptor(self) -> int:
+        return cast(int, self._socket.getsockopt(zmq.FD))
 
     def _schedule(self) -> None:
-        assert self._loop is not None
-        self._scheduled = True
-        self._loop.call_soon(self._drain)
+        if self._loop is not None:  # None once a handler has closed this end
+            self._scheduled = True
+            self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
         self._scheduled = False
@@ -259,7 +271,11 @@ class AsyncDealerEnd(DealerEnd[In]):
         for _ in range(_DRAIN_BATCH):
             if self._loop is None or handler is None or (message := self.recv_nowait()) is None:
                 return
-            handler(message)
+            try:
+                handler(message)
+            except BaseException:
+                self._schedule()  # the descriptor will not tell again of what is still to be read
+                raise
         self._schedule()
 
 
@@ -288,3 +304,24 @@ def is_socket(address: str) -> bool:
         return stat.S_ISSOCK(socket_path(address).stat().st_mode)
     except OSError:
         return False
+
+
+def is_serving(address: str) -> bool:
+    """Whether a living process listens at an address; a killed one leaves a socket file that nobody hears."""
+    with UnixSocket(AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(socket_path(address)))
+        except TimeoutError:
+            return True  # its queue of new connections is full
+        except OSError:
+            return False
+    return True
+
+
+def _check_free(address: str) -> None:
+    path = socket_path(address)
+    if path.exists() and not is_socket(address):
+        raise ConfigError("address", f"{path} exists and is not a socket; choose another path")
+    if is_serving(address):
+        raise ConfigError("address", f"{address} is in use: another engine serves there")

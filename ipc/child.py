@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 
@@ -44,34 +45,44 @@ Report = Progress | Ready | Failed
 class ChildProcess:
     """What a process knows of its parent."""
 
-    def __init__(self, config: bytes, life_fd: int, report_fd: int) -> None:
+    def __init__(self, config: bytes, life_fd: int, report_fd: int, death_signal: signal.Signals) -> None:
         self.config = config
         self.life_fd = life_fd
         self._report_fd = report_fd
+        self._death_signal = death_signal
         self._encoder = msgspec.json.Encoder()
-        self.on_orphaned: Callable[[], None] | None = None  # called from the watching thread
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the parent is gone, so that nobody else will clean up after this process."""
+        poll = select.poll()
+        poll.register(self.life_fd, select.POLLIN)
+        return bool(poll.poll(0))  # nothing is ever written to it: this is its end-of-file
 
     def report(self, report: Report) -> None:
         """Tell the parent; ignored once it is gone."""
         try:
             os.write(self._report_fd, self._encoder.encode(report) + b"\n")
-        except (BrokenPipeError, OSError):
+        except OSError:
             pass
 
     def _watch_parent(self) -> None:
         while os.read(self.life_fd, 1):
             pass
-        if self.on_orphaned is not None:
-            self.on_orphaned()
-            threading.Event().wait(_ORPHAN_GRACE_S)
+        os.kill(os.getpid(), self._death_signal)
+        threading.Event().wait(_ORPHAN_GRACE_S)
         os._exit(_ORPHAN_EXIT_CODE)
 
 
 def adopt(death_signal: signal.Signals = signal.SIGKILL) -> ChildProcess:
     """Take over what the parent passed, and tie this process's life to it.
 
-    Two ties: a pipe whose end-of-file says that the parent is gone (a thread watches it), and, should this
-    process be stuck in native code, `death_signal` from the kernel.
+    Two ties: a pipe whose end-of-file says that the parent is gone (a thread watches it, sends this process
+    `death_signal` and ends it a second later), and the same signal from the kernel, should Python be stuck.
+
+    Args:
+        death_signal: SIGTERM lets the process leave in order: until it installs a handler of its own, the
+            signal raises SystemExit in the main thread, whatever that is importing.
 
     Raises:
         SystemExit: the process was not started by Tercet.
@@ -79,12 +90,19 @@ def adopt(death_signal: signal.Signals = signal.SIGKILL) -> ChildProcess:
     if len(sys.argv) != 2 or not sys.argv[1].startswith("--fds="):
         raise SystemExit("this module is started by Tercet itself; see `tercet --help`")
     config_fd, life_fd, report_fd = (int(fd) for fd in sys.argv[1].removeprefix("--fds=").split(","))
+    if death_signal == signal.SIGTERM:
+        signal.signal(signal.SIGTERM, _leave)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; Ctrl-C must not race with it
     with os.fdopen(config_fd, "rb") as file:
         config = file.read()
     for fd in (life_fd, report_fd):
         os.set_inheritable(fd, False)
-    child = ChildProcess(config, life_fd, report_fd)
+    child = ChildProcess(config, life_fd, report_fd, death_signal)
     threading.Thread(target=child._watch_parent, name="parent-watch", daemon=True).start()
     return child
+
+
+def _leave(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # pipe and kernel both send it: once is enough
+    raise SystemExit(0)

@@ -30,7 +30,8 @@ INLINE_BYTES: Final = 16 * 1024
 """Largest array kept inside the MessagePack frame; `benchmarks/bench_codec.py` has the measurement."""
 
 MAX_FRAMES: Final = 256
-MAX_MESSAGE_BYTES: Final = 1 << 30
+MAX_MESSAGE_BYTES: Final = 1 << 30  # of all frames together
+MAX_HEAD_BYTES: Final = 1 << 27  # of the MessagePack frame: its objects are larger than their bytes
 MAX_DIMS: Final = 8
 
 INLINE: Final = 1
@@ -59,9 +60,16 @@ class Encoder:
         """Frames of a message: the MessagePack frame, then one view per large array.
 
         The first frame is this encoder's own buffer, valid until the next call: a socket must copy it.
+
+        Raises:
+            NotImplementedError: a value is of a type or dtype that crosses no wire.
+            WireError: the message is larger than any receiver takes.
         """
-        self._frames = frames = []
+        frames: list[Buffer] = []
+        self._frames = frames
         self._encoder.encode_into(message, self._buffer)
+        if len(self._buffer) > MAX_HEAD_BYTES:
+            raise WireError(f"a {type(message).__name__} of {len(self._buffer)} bytes does not cross a wire")
         return [self._buffer, *frames]
 
     def encode_bytes(self, message: msgspec.Struct) -> list[Buffer]:
@@ -73,11 +81,12 @@ class Encoder:
     def _encode_array(self, value: Any) -> msgspec.msgpack.Ext:
         array = as_array(value)
         header = _header(array)
-        if array.nbytes <= self._inline_bytes:
+        # A message of very many large arrays keeps the last of them inline: receivers cap the frames.
+        if array.nbytes <= self._inline_bytes or len(self._frames) == MAX_FRAMES - 1:
             return msgspec.msgpack.Ext(INLINE, header + array.tobytes())
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
-        self._frames.append(memoryview(array).cast("B"))
+        self._frames.append(array.data.cast("B"))
         return msgspec.msgpack.Ext(FRAME, header + _INDEX.pack(len(self._frames)))
 
 
@@ -98,6 +107,8 @@ class Decoder(Generic[T]):
         """
         if not 0 < len(frames) <= MAX_FRAMES:
             raise WireError(f"a message has 1 to {MAX_FRAMES} frames; got {len(frames)}")
+        if len(frames[0]) > MAX_HEAD_BYTES or sum(map(len, frames)) > MAX_MESSAGE_BYTES:
+            raise WireError(f"a message of {sum(map(len, frames))} bytes is too large")
         self._frames, self._used = frames, 0
         try:
             message = cast(T, self._decoder.decode(frames[0]))
@@ -119,9 +130,10 @@ class Decoder(Generic[T]):
         if len(data) < header.size:
             raise WireError("array header cut short")
         shape = header.unpack_from(data)[2:]
-        body: Buffer = data[header.size :]
+        rest = data[header.size :]
+        body: Buffer = rest
         if code == FRAME:
-            body = self._take_frame(body)
+            body = self._take_frame(rest)
         elif code != INLINE:
             raise WireError(f"unknown extension {code}")
         return _array_over(body, _DTYPE_OF[dtype_code], shape)
@@ -129,7 +141,7 @@ class Decoder(Generic[T]):
     def _take_frame(self, reference: memoryview) -> Buffer:
         if len(reference) != _INDEX.size:
             raise WireError("frame reference of the wrong size")
-        (index,) = _INDEX.unpack(reference)
+        index: int = _INDEX.unpack(reference)[0]
         # Frames are named in order, each once: what the encoder writes, and no aliasing for a hostile peer.
         if index != self._used + 1 or index >= len(self._frames):
             raise WireError(f"frame {index} is named out of order or did not come")
@@ -139,6 +151,9 @@ class Decoder(Generic[T]):
 
 def as_array(value: Any) -> np.ndarray:
     """A numpy view of an array-like: numpy array, memoryview, or CPU torch tensor (bfloat16 as its bits).
+
+    Arrays and tensors may be put into a message as they are. A contiguous memoryview, as its bytes, comes
+    through here first: msgspec would write a bare one as MessagePack bytes, a copy.
 
     Raises:
         NotImplementedError: the value is nothing that crosses a wire (msgspec's way of saying so).

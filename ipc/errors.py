@@ -1,14 +1,14 @@
 """Errors of the wire.
 
-    IpcError (TercetError)
-    ├── WireError             bytes that are not a message of this protocol; drop, count, go on
-    ├── ClosedChannelError    this end was closed
-    ├── PeerUnreachableError  a message could not be queued
-    │   ├── PeerGoneError     the peer has left
-    │   └── PeerBusyError     the peer does not read: its queue is full
-    └── ProcessError          a child process
-        ├── CannotStartError  it ended, or gave no sign, before it was ready
-        └── ProcessDiedError  it ended after it was ready
+IpcError (TercetError)
+├── WireError             bytes that are not a message of this protocol; drop, count, go on
+├── ClosedChannelError    this end was closed
+├── PeerUnreachableError  a message could not be queued
+│   ├── PeerGoneError     the peer has left
+│   └── PeerBusyError     the peer does not read: its queue is full
+└── ProcessError          a child process
+    ├── CannotStartError  it ended, or gave no sign, before it was ready
+    └── ProcessDiedError  it ended after it was ready
 """
 
 from __future__ import annotations

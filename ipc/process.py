@@ -57,7 +57,7 @@ class Child:
                 os.close(fd)
         self.pidfd = os.pidfd_open(self._process.pid)
         self._partial = b""
-        self._decoder = msgspec.json.Decoder(Report)  # type: ignore[arg-type]
+        self._decoder = msgspec.json.Decoder(Report)
         self._closed = False
 
     @property
@@ -94,7 +94,8 @@ class Child:
         code = self._process.wait()
         if code >= 0:
             return f"exited with code {code}"
-        return f"was killed by {signal.Signals(-code).name}"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"was killed by {name}"
 
     def terminate(self) -> None:
         """Ask it to leave (SIGTERM)."""

@@ -1,7 +1,7 @@
 """The private directory that holds an engine's sockets: mode 0700, removed by the last to leave.
 
-A lock on a file inside says that someone still lives there; the lock is shared with the children through
-the inherited descriptor. The next start sweeps away directories that nobody holds any more.
+A lock on a file inside says that the process that made it still lives. Where that one is killed, its core
+removes the directory; where both are, the next start does, as it does with any directory that nobody holds.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ class RuntimeDir:
         base = base or Path(tempfile.gettempdir())
         sweep(base)
         self.path = base / f"{_PREFIX}{os.getuid()}-{secrets.token_hex(6)}"
-        self.path.mkdir(mode=0o700)
-        self._lock_fd = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        # Gets its name once it is locked: another start that sweeps just now must not find it without.
+        unnamed = base / f".{self.path.name}"
+        unnamed.mkdir(mode=0o700)
+        self._lock_fd = os.open(unnamed / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+        unnamed.rename(self.path)
         self._closed = False
 
     def address(self, name: str) -> str:
@@ -55,7 +58,7 @@ def sweep(base: Path) -> None:
                 continue
             fd = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            continue  # just made, or just removed
+            continue  # just removed
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)

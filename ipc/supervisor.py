@@ -41,6 +41,7 @@ class Supervisor:
         self.on_death = on_death
         self._ready_timeout_s = ready_timeout_s
         self._children: list[Child] = []
+        self._problems: dict[Child, str] = {}  # last words of children that said why they end
         self._stop_timeout_s = 5.0
         self._wake_lock = threading.Lock()  # so that `stop` never writes to a descriptor closed meanwhile
         self._wake: tuple[int, int] | None = None
@@ -88,11 +89,17 @@ class Supervisor:
                 if self._await_ready(selector):
                     self._settled.set()
                     self._watch(selector)
-        except OSError as error:
-            self._error = CannotStartError("supervisor", str(error))
+        except Exception as error:  # no pid or descriptor left, or a callback of the caller's
+            self._fail(f"{type(error).__name__}: {error}")
         finally:
             self._tear_down()
             self._settled.set()
+
+    def _fail(self, problem: str) -> None:
+        if not self._settled.is_set():
+            self._error = CannotStartError("supervisor", problem)
+        elif self.on_death is not None:
+            self.on_death(f"supervisor: {problem}")
 
     def _spawn(self, selector: selectors.BaseSelector) -> None:
         for spec in self._specs:
@@ -120,7 +127,7 @@ class Supervisor:
         return True
 
     def _read_reports(self, child: Child, waiting: set[Child]) -> bool:
-        problem = None
+        ended = child.poll() is not None  # asked first: what it said before is then all read below
         for report in child.reports():
             match report:
                 case Progress():
@@ -129,11 +136,13 @@ class Supervisor:
                 case Ready():
                     waiting.discard(child)
                 case Failed(problem=problem):
-                    pass
-        if problem is None and child.poll() is None:
+                    self._problems[child] = problem
+        last_words = self._problems.get(child)
+        if last_words is None and not ended:
             return True
-        child.wait(self._stop_timeout_s)
-        self._error = CannotStartError(child.spec.name, problem or f"{child.describe_exit()} while starting")
+        self._error = CannotStartError(
+            child.spec.name, last_words or f"{child.describe_exit()} while starting"
+        )
         return False
 
     def _watch(self, selector: selectors.BaseSelector) -> None:
@@ -142,13 +151,20 @@ class Supervisor:
                 if key.data is None:  # woken by stop
                     return
                 child: Child = key.data
-                problem = next((r.problem for r in child.reports() if isinstance(r, Failed)), None)
-                if child.poll() is not None:
-                    words = f"{child.spec.name} (pid {child.pid}) {child.describe_exit()}"
+                ended = child.poll() is not None
+                for report in child.reports():
+                    if isinstance(report, Failed):
+                        self._problems[child] = report.problem
+                if ended:
+                    words = [f"{child.spec.name} (pid {child.pid}) {child.describe_exit()}"]
+                    words += filter(None, [self._problems.get(child)])
                     if self.on_death is not None:
-                        self.on_death(f"{words}: {problem}" if problem else words)
+                        self.on_death(": ".join(words))
+                    # Not asked to leave: a core so asked tells its frontends of an orderly end, and this is none.
+                    for other in self._children:
+                        other.kill()
                     return
-                if key.fd == child.report_fd and not problem:
+                if key.fd == child.report_fd:
                     selector.unregister(child.report_fd)  # its end-of-file would wake us for ever
 
     def _tear_down(self) -> None:

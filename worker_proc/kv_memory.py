@@ -12,7 +12,9 @@ from tercet.ops import AttentionMetadata
 from tercet.worker_proc.device_batch import zeros_like_cpu_lazy
 from tercet.worker_proc.models.decoder import CausalLM
 
-CPU_DEFAULT_BYTES = 4 << 30  # as vLLM's CPU build; less where the machine or the configuration has less use for it
+CPU_DEFAULT_BYTES = (
+    4 << 30
+)  # as vLLM's CPU build; less where the machine or the configuration has less use for it
 
 
 def cache_shape(config: EngineConfig, model: CausalLM, num_blocks: int) -> tuple[int, ...]:

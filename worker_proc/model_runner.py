@@ -30,7 +30,9 @@ _PROMPT_LOGIT_ROWS = 256  # prompt positions scored at a time: bounds the memory
 class ModelRunner:
     """One model on one device, its cache and its batch."""
 
-    def __init__(self, config: ProcessConfig, model: CausalLM, kv_caches: list[Tensor], results: ResultQueue) -> None:
+    def __init__(
+        self, config: ProcessConfig, model: CausalLM, kv_caches: list[Tensor], results: ResultQueue
+    ) -> None:
         """
         Args:
             kv_caches: per layer [2, num_blocks, block_size, num_kv_heads, head_dim], all finite.
@@ -116,9 +118,7 @@ class ModelRunner:
         hidden_SD = hidden_TD if index_S is None else hidden_TD.index_select(0, index_S)
         logits_SV = self.model.compute_logits(hidden_SD)
         batch = self._plan_sampling(inputs.sample_rows)
-        result = self._sampler(
-            logits_SV, batch, self.batch.history_RM, self.batch.lengths_R, inputs.frozen_S
-        )
+        result = self._sampler(logits_SV, batch, self.batch.history_RM, self.batch.lengths_R, inputs.frozen_S)
         self.batch.append(inputs.sample_row_S, result.token_B, result.finish_B, inputs.frozen_S)
         return result
 
@@ -141,7 +141,9 @@ class ModelRunner:
                 if begin < end:
                     at = first + begin - 1 - start
                     hidden_LD = hidden_TD[at : at + end - begin]
-                    found.append(PromptScores(row, begin, self._score(hidden_LD, row, begin, end, want.count)))
+                    found.append(
+                        PromptScores(row, begin, self._score(hidden_LD, row, begin, end, want.count))
+                    )
             first += length
         return found
 

@@ -66,7 +66,9 @@ class CudaResultQueue(ResultQueue):
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._queue: queue.SimpleQueue[tuple[PendingResult, torch.cuda.Event, Deliver] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[PendingResult, torch.cuda.Event, Deliver] | None] = (
+            queue.SimpleQueue()
+        )
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
         self._thread.start()
