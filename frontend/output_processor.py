@@ -98,7 +98,6 @@ class Child:
     def push(self) -> str:
         """Turn tokens that have no text yet into text; a stop string ends the child and cuts its tokens."""
         if self.text is None:
-            self.num_pushed = len(self.token_ids)
             return ""
         start, finish = self.num_pushed, self.finish
         tokens = self.token_ids[start:]
@@ -107,26 +106,39 @@ class Child:
         )
         self.num_pushed = start + used
         if stop_string is not None:
+            self._cut(stop_string)
+        return delta
+
+    def push_eagerly(self) -> None:
+        """`push`, keeping the text for the consumer."""
+        delta = self.push()
+        if delta:
+            self.parts.append(delta)
+
+    def _cut(self, stop_string: str) -> None:
+        self.stop_string, self.finish = stop_string, Finish.EOS
+        if self.num_pushed < len(self.token_ids):
             del self.token_ids[self.num_pushed :]
             if self.reader is not None:
                 del self.logprobs[self.num_pushed :]
                 self.cumulative_logprob = sum(next(iter(entry.values())).logprob for entry in self.logprobs)
-            self.stop_string, self.finish = stop_string, Finish.EOS
-        return delta
 
     def completion(self, delta: bool) -> CompletionOutput:
         """What the consumer shall see now: what is new, or everything."""
-        text = self._take_text(delta)
-        ids, start = self.token_ids, self.num_taken if delta else 0
-        self.num_taken = len(ids)
-        reason: FinishReason | None = None
-        stop_reason: int | str | None = None
-        if self.finish:
-            reason = _REASONS[self.finish]
-            stop_reason = self.stop_string
-            if self.finish == Finish.STOP_TOKEN and stop_reason is None:
-                stop_reason = ids[-1]
-        output = CompletionOutput(self.index, text, ids[start:], None, None, reason, stop_reason)
+        token_ids, start = self.token_ids, self.num_taken
+        self.num_taken = len(token_ids)
+        if delta and not (self.finish or self.eager):  # the common case, kept short
+            token_ids = token_ids[start:]
+            text = ""
+            if self.text is not None:
+                text = self.text.push(token_ids)[0]
+                self.num_pushed = self.num_taken
+            output = CompletionOutput(self.index, text, token_ids)
+        else:
+            start = start if delta else 0
+            text = self._take_text(delta)
+            reason, stop_reason = self._reasons()
+            output = CompletionOutput(self.index, text, token_ids[start:], None, None, reason, stop_reason)
         if self.reader is not None:
             output.cumulative_logprob, output.logprobs = self.cumulative_logprob, self.logprobs[start:]
         return output
@@ -137,18 +149,24 @@ class Child:
         if self.eager:
             text = "".join(self.parts)
             self.parts.clear()
-        elif self.num_pushed < len(self.token_ids) or self.finish:
-            text = self.push()
         else:
-            text = ""
+            text = self.push()
         return text if delta else self.text.text
+
+    def _reasons(self) -> tuple[FinishReason | None, int | str | None]:
+        if not self.finish:
+            return None, None
+        stop_reason: int | str | None = self.stop_string
+        if self.finish == Finish.STOP_TOKEN and stop_reason is None:
+            stop_reason = self.token_ids[-1]
+        return _REASONS[self.finish], stop_reason
 
 
 class RequestState:
     """One request on its way: what came from the core, and what the consumer has had of it.
 
-    `take` belongs to one consumer. `waiter` is its place to wait: set it after `take` gave None, and it is
-    resolved (and set to None) when `take` has something to give or to raise.
+    `take` belongs to one consumer. `ready` says that it has something to give or to raise. `waiter` is the
+    consumer's place to wait: set while nothing is ready, it is resolved (and set to None) when something is.
     """
 
     __slots__ = (
@@ -163,6 +181,7 @@ class RequestState:
         "prompt_logprobs",
         "prompt_reader",
         "prompt_token_ids",
+        "ready",
         "request_id",
         "stats",
         "taken",
@@ -182,9 +201,10 @@ class RequestState:
         self.num_cached_tokens: int | None = None
         self.stats = RequestStateStats(arrival_s)
         self.error: TercetError | None = None
+        self.ready = False
         self.waiter: Waiter | None = None
         self.taken = False  # the consumer has had the last output
-        self.on_finish: Callable[[RequestState], None] | None = None
+        self.on_finish: tuple[Callable[[RequestState], None], ...] = ()
         if self.kind is RequestOutputKind.FINAL_ONLY:
             for child in self.children:
                 child.wake_at = _NEVER
@@ -200,25 +220,25 @@ class RequestState:
         Raises:
             TercetError: the request has failed, or its engine has.
         """
+        if not self.ready:
+            return None
         if self.error is not None:
             self.taken = True
             raise self.error
-        if self.taken:
-            return None
-        kind = self.kind
+        self.ready = False
+        kind, children = self.kind, self.children
         delta = kind is RequestOutputKind.DELTA
-        fresh = [child for child in self.children if len(child.token_ids) > child.wake_at]
-        if not fresh and self.num_unfinished:
-            return None
+        if len(children) == 1:
+            child = children[0]
+            outputs = [child.completion(delta)]
+            child.wake_at = child.num_taken + self.interval - 1
+            self.stats.num_generation_tokens = child.num_taken
+        else:
+            outputs = self._take_children(delta)
         finished = self.num_unfinished == 0
-        outputs = [child.completion(delta) for child in (fresh if delta else self.children)]
-        if kind is not RequestOutputKind.FINAL_ONLY:
-            for child in fresh:
-                child.wake_at = _NEVER if child.finish else len(child.token_ids) + self.interval - 1
         prompt_logprobs = self.prompt_logprobs
         if delta:
             self.prompt_logprobs = self.prompt_reader = None
-        self.stats.num_generation_tokens = sum([len(child.token_ids) for child in self.children])
         if finished:
             self.taken = True
             self.children = []  # breaks the reference cycle, so that no garbage collector is needed
@@ -233,7 +253,26 @@ class RequestState:
             self.num_cached_tokens,
         )
 
+    def discard(self) -> None:
+        """The consumer has left: there is nothing to take any more."""
+        self.taken, self.ready = True, False
+        self.children = []
+
+    def _take_children(self, delta: bool) -> list[CompletionOutput]:
+        """Of n > 1 completions those that are news (DELTA), or all."""
+        outputs = []
+        for child in self.children:
+            fresh = len(child.token_ids) > child.wake_at
+            if fresh or not delta:
+                outputs.append(child.completion(delta))
+            if fresh:
+                child.wake_at = _NEVER if child.finish else child.num_taken + self.interval - 1
+        self.stats.num_generation_tokens = sum(len(child.token_ids) for child in self.children)
+        return outputs
+
     def wake(self) -> None:
+        """Something is ready."""
+        self.ready = True
         waiter, self.waiter = self.waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -268,6 +307,8 @@ class OutputProcessor:
         """Make a request ready for outputs; returns the handle of its first child, and so of AddRequest."""
         request.prompt, request.prompt_token_ids = prepared.prompt, prepared.prompt_token_ids
         request.prompt_reader = prepared.prompt_reader
+        if prepared.prompt_reader is not None:  # the first position has none, nor has a prompt of one token
+            request.prompt_logprobs = [None] * len(request.prompt_token_ids)
         first = self._next_handle
         self._next_handle += len(request.children)
         for child in request.children:
@@ -321,8 +362,8 @@ class OutputProcessor:
     def _forget(self, request: RequestState) -> None:
         if self.requests.get(request.request_id) is request:
             del self.requests[request.request_id]
-        if request.on_finish is not None:
-            request.on_finish(request)
+        for callback in request.on_finish:
+            callback(request)
 
     # ---- tokens come
 
@@ -357,10 +398,12 @@ class OutputProcessor:
             token_ids.append(token)
             if finish or child.eager:
                 self._advance(child, finish)
-            request = child.request
-            if request.waiter is not None and (count >= child.wake_at or not request.num_unfinished):
-                woken.append(request.waiter)
-                request.waiter = None
+            if count >= child.wake_at:
+                request = child.request
+                request.ready = True
+                if request.waiter is not None:
+                    woken.append(request.waiter)
+                    request.waiter = None
         for waiter in woken:
             if not waiter.done():
                 waiter.set_result(None)
@@ -405,21 +448,18 @@ class OutputProcessor:
             self.num_dropped_tokens += skip
             if finishes[i] or child.eager:
                 self._advance(child, finishes[i])
-            request = child.request
-            if len(child.token_ids) > child.wake_at or not request.num_unfinished:
-                request.wake()
+            if len(child.token_ids) > child.wake_at:
+                child.request.wake()
 
     def _advance(self, child: Child, finish: int) -> None:
         """What a new token may set off: a stop string, the end."""
         if finish:
-            if finish not in _REASONS:
+            if finish in _REASONS:
+                self._finish(child, Finish(finish))
+            else:
                 self._fault(child, f"ended for an unknown reason ({finish})")
-                return
-            self._finish(child, Finish(finish))
             return
-        delta = child.push()
-        if delta:
-            child.parts.append(delta)
+        child.push_eagerly()
         if child.finish:  # a stop string: the core does not know
             self._abort([child.handle], Finish.EOS)
             self._finished(child)
@@ -430,17 +470,15 @@ class OutputProcessor:
             return
         child.finish = finish
         if child.eager:
-            delta = child.push()
-            if delta:
-                child.parts.append(delta)
+            child.push_eagerly()
         self._finished(child)
 
     def _finished(self, child: Child) -> None:
         request = child.request
         self._children.pop(child.handle, None)
         request.num_unfinished -= 1
-        if request.kind is not RequestOutputKind.FINAL_ONLY:
-            child.wake_at = -1
+        if request.kind is not RequestOutputKind.FINAL_ONLY or not request.num_unfinished:
+            child.wake_at = -1  # so that its end is news
         if not request.num_unfinished:
             request.stats.e2e_latency = time.time() - request.stats.arrival_time
             self._forget(request)
@@ -467,8 +505,7 @@ class OutputProcessor:
             if child is None or reader is None:
                 continue
             request = child.request
-            if request.prompt_logprobs is None:
-                request.prompt_logprobs = [None] * len(request.prompt_token_ids)
+            assert request.prompt_logprobs is not None
             if not reader.prompt(columns, i, request.prompt_logprobs):
                 self._malformed(outputs)
                 return
@@ -484,7 +521,7 @@ class OutputProcessor:
         self.num_dropped_tokens += num_tokens
         if finish and first + num_tokens == count:
             self._advance(child, finish)
-            if child.wake_at < 0 or not child.request.num_unfinished:
+            if child.wake_at < 0:
                 child.request.wake()
 
     def _fault(self, child: Child, problem: str) -> None:
