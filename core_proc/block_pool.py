@@ -58,6 +58,20 @@ class BlockPool:
         self._ref_cnt[block] = 1
         return block
 
+    def allocate_many(self, count: int) -> list[int]:
+        """Blocks for new contents; `count` is at most `num_free`."""
+        num_blank = min(count, len(self._free))
+        blocks = self._free[len(self._free) - num_blank :]
+        del self._free[len(self._free) - num_blank :]
+        blocks.reverse()
+        for block in blocks:
+            self._ref_cnt[block] = 1
+        for _ in range(count - len(blocks)):
+            evicted = self.allocate()
+            assert evicted is not None, "more blocks than are free"
+            blocks.append(evicted)
+        return blocks
+
     def find(self, block_hash: BlockHash, tokens: bytes) -> int | None:
         """The block that holds these contents. The tokens are compared too: a hash alone is not trusted."""
         block = self._by_hash.get(block_hash)

@@ -192,9 +192,11 @@ class Core:
         if isinstance(message, Hello):
             self._on_hello(peer, message)
             return
+        if frontend is None and isinstance(message, Goodbye):
+            return  # detached before
         if frontend is None or message.epoch != self.scheduler.epoch:
             self._num_dropped += 1
-            if frontend is None and not isinstance(message, Goodbye):
+            if frontend is None:
                 reason = "not attached: say Hello first; a frontend that does not read is detached"
                 self._try_send(peer, Goodbye(epoch=self.scheduler.epoch, reason=reason))
             return

@@ -36,14 +36,8 @@ def main(child: ChildProcess) -> int:
     """Run the core; returns the exit code."""
     log.configure("core")
     config = msgspec.msgpack.decode(child.config, type=ProcessConfig)
-    stop_r, stop_w = os.pipe()
-
-    def stop(*_: object) -> None:
-        os.write(stop_w, b"x")
-
-    signal.signal(signal.SIGTERM, stop)
     try:
-        return _serve(config, child, stop_r)
+        return _serve(config, child, _stop_fd())
     except (StartError, ConfigError, WorkerDiedError, ResultError) as error:
         logger.error("%s", error)
         child.report(Failed(str(error)))
@@ -52,6 +46,19 @@ def main(child: ChildProcess) -> int:
         logger.exception("the core cannot go on")
         child.report(Failed(f"{type(error).__name__}: {error}"))
         return 1
+
+
+def _stop_fd() -> int:
+    """A descriptor that becomes readable at SIGTERM.
+
+    The wake-up descriptor is written by the signal itself. A handler in Python would only run after the poll
+    that the loop may just be entering, and so perhaps never.
+    """
+    stop_r, stop_w = os.pipe()
+    os.set_blocking(stop_w, False)
+    signal.set_wakeup_fd(stop_w)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    return stop_r
 
 
 def _serve(config: ProcessConfig, child: ChildProcess, stop_fd: int) -> int:

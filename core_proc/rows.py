@@ -78,12 +78,13 @@ class RowTable:
         request.row = row
         return row
 
-    def append_block(self, row: int, block: int) -> int:
-        """Add a block to a row; returns its index in the row."""
-        index = int(self.capacity[row]) // self.block_size
-        self.blocks[row, index] = block
+    def append_blocks(self, row: np.ndarray, blocks: list[int]) -> list[int]:
+        """Add a block to each of these rows; returns its index in each."""
+        index = self.capacity[row] // self.block_size
+        self.blocks[row, index] = blocks
         self.capacity[row] += self.block_size
-        return index
+        places: list[int] = index.tolist()
+        return places
 
     def vacate(self, row: int) -> None:
         """Take the row back: tokens move out to the request, results in flight become stale."""

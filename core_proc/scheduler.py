@@ -214,18 +214,22 @@ class Scheduler:
         if not len(full):
             return False
         preempted = False
-        # The first in line grows first: a row late in the order may be preempted before its turn comes.
-        for row in sorted(full.tolist(), key=self._row_key):
-            while rows.state[row] == RowState.DECODE:
-                block = self.pool.allocate()
-                if block is not None:
-                    self._draft.appends[row] = (rows.append_block(row, block), block)
-                    break
-                victim = max(rows.occupied(), key=self._row_key)
-                self._preempt(victim)
-                decoding[victim] = False
-                preempted = True
+        if len(full) > self.pool.num_free:
+            preempted = self._preempt_until_free(full, decoding)
+            full = full[decoding[full]]
+        blocks = self.pool.allocate_many(len(full))
+        places = zip(rows.append_blocks(full, blocks), blocks, strict=True)
+        self._draft.appends.update(zip(full.tolist(), places, strict=True))
         return preempted
+
+    def _preempt_until_free(self, full: np.ndarray, decoding: np.ndarray) -> bool:
+        """Preempt, last in line first, until each row of `full` that is left can have a block."""
+        for victim in sorted(self.rows.occupied(), key=self._row_key, reverse=True):
+            if int(np.count_nonzero(decoding[full])) <= self.pool.num_free:
+                break
+            self._preempt(victim)
+            decoding[victim] = False
+        return True
 
     def _row_key(self, row: int) -> tuple[int, ...] | int:
         key: tuple[int, ...] | int = self.waiting.key(self.rows.requests[row])
@@ -293,8 +297,7 @@ class Scheduler:
         self.waiting.remove(request)
         for block in hits:
             self.pool.share(block)
-        fresh = [self.pool.allocate() for _ in range(num_new)]
-        blocks = hits + [block for block in fresh if block is not None]
+        blocks = hits + self.pool.allocate_many(num_new)
         num_cached = len(hits) * self.block_size
         self._count_admission(request, num_cached, now)
         row = self.rows.occupy(request, blocks, num_cached)

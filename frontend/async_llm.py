@@ -12,10 +12,11 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from tercet.config import AsyncEngineArgs, EngineArgs
 from tercet.errors import EngineClosedError, EngineDeadError, EngineError, TercetError, ValidationError
@@ -23,7 +24,8 @@ from tercet.frontend.client import CoreClient
 from tercet.frontend.input_processor import InputProcessor, PreparedRequest
 from tercet.frontend.inputs import ParsedPrompt, PromptType, parse_prompt
 from tercet.frontend.launcher import EngineProcesses
-from tercet.frontend.metrics import Metric, metrics_of, stats_line
+from tercet.frontend.metrics import Metric, StatsLogger, metrics_of, stats_line
+from tercet.frontend.output_processor import RequestState
 from tercet.frontend.outputs import RequestOutput
 from tercet.frontend.sampling_params import SamplingParams
 from tercet.frontend.stream import RequestStream
@@ -32,6 +34,7 @@ from tercet.frontend.tokenizer_bundle import TokenizerBundle
 from tercet.frontend.validation import check_str
 from tercet.ipc.messages import (
     GetStats,
+    Limits,
     ModelInfo,
     PauseGeneration,
     PauseMode,
@@ -47,7 +50,21 @@ logger = get_logger(__name__)
 TOKENIZE_THREADS: Final = 2  # of each frontend; the tokenizer releases the interpreter lock
 HANDSHAKE_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 5.0
+T = TypeVar("T")
 _PAUSE_MODES: Final = {"abort": PauseMode.ABORT, "wait": PauseMode.WAIT, "keep": PauseMode.KEEP}
+
+
+@dataclass(slots=True)
+class NewRequest:
+    """One request of `AsyncLLM.add_requests`; see `AsyncLLM.generate` for the fields."""
+
+    prompt: PromptType
+    params: SamplingParams
+    request_id: str | None = None
+    priority: int = 0
+
+
+_Opened: TypeAlias = tuple[RequestState, ParsedPrompt, SamplingParams, int]
 
 
 class AsyncLLM:
@@ -62,6 +79,7 @@ class AsyncLLM:
         *,
         processes: EngineProcesses | None = None,
         enable_log_requests: bool = False,
+        log_stats: bool = False,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
         """
@@ -69,6 +87,7 @@ class AsyncLLM:
             address: where the engine's core listens.
             processes: the running engine, if it is this object's to stop.
             enable_log_requests: log each request's arrival and end.
+            log_stats: log the engine's state every 10 s while it works.
             handshake_timeout_s: for the core to answer.
         """
         self._client = CoreClient(address)
@@ -81,6 +100,8 @@ class AsyncLLM:
         self._processor: InputProcessor | None = None
         self._paused = False
         self._logged_stats: Stats | None = None
+        if log_stats:
+            self._client.on_stats = StatsLogger().observe
         if processes is not None:
             processes.on_death = _death_notice(weakref.ref(self))
         self._release = weakref.finalize(self, _release, self._client, processes, self._pool)
@@ -105,8 +126,12 @@ class AsyncLLM:
         except BaseException:
             processes.stop()
             raise
-        log_requests = isinstance(engine_args, AsyncEngineArgs) and engine_args.enable_log_requests
-        return cls(processes.address, processes=processes, enable_log_requests=log_requests)
+        return cls(
+            processes.address,
+            processes=processes,
+            enable_log_requests=isinstance(engine_args, AsyncEngineArgs) and engine_args.enable_log_requests,
+            log_stats=not engine_args.disable_log_stats,
+        )
 
     @classmethod
     def connect(cls, address: str, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Connecting:
@@ -128,16 +153,15 @@ class AsyncLLM:
         """
         loop = asyncio.get_running_loop()
         if self._loop is None:
-            self._client.check()
             self._loop = loop
-            self._starting = loop.create_task(self._start(), name="tercet-start")
         if self._loop is not loop:
             raise EngineError("this engine belongs to another event loop; use one engine for each loop")
-        if self._starting is not None:
-            # Shielded: the first of several callers may be cancelled, and the others still wait.
-            await asyncio.shield(self._starting)
         if self._processor is None:
             self._client.check()
+            if self._starting is None:
+                self._starting = loop.create_task(self._start(), name="tercet-start")
+            # Shielded: the first of several callers may be cancelled, and the others still wait.
+            await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
         try:
@@ -166,14 +190,12 @@ class AsyncLLM:
             self._processes.stop(STOP_TIMEOUT_S if timeout is None else timeout)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def aclose(self, timeout: float | None = None) -> None:
-        """As `shutdown`, without holding up the event loop."""
+    async def aclose(self) -> None:
+        """As `shutdown()`, without holding up the event loop."""
         self._close_client()
-        thread = threading.Thread(target=self.shutdown, args=(timeout,), name="tercet-shutdown")
-        thread.start()
-        while thread.is_alive():  # a thread of our own: the loop's default executor would keep one behind
-            await asyncio.sleep(0.005)
-        thread.join()
+        # An executor of our own: the loop's default one would keep a thread after us.
+        with ThreadPoolExecutor(1, thread_name_prefix="tercet-shutdown") as executor:
+            await asyncio.get_running_loop().run_in_executor(executor, self.shutdown)
 
     def _close_client(self) -> None:
         loop = self._loop
@@ -232,7 +254,7 @@ class AsyncLLM:
         stream = await self.add_request(prompt, sampling_params, request_id, priority=priority)
         try:
             while not stream.finished:
-                yield stream.get_nowait() or await stream.get()
+                yield await stream.get()
         finally:
             stream.close()
 
@@ -250,53 +272,66 @@ class AsyncLLM:
         Args:
             add_special_tokens: for text: add what the model expects around it; False for rendered chats.
         """
+        request = NewRequest(prompt, sampling_params, request_id, priority)
+        return (await self.add_requests([request], add_special_tokens=add_special_tokens))[0]
+
+    async def add_requests(
+        self, requests: Sequence[NewRequest], *, add_special_tokens: bool = True
+    ) -> list[RequestStream]:
+        """As `add_request`, for several at once: all are sent, in order, or none."""
         arrival_s = time.time()
         if self._processor is None or self._loop is not asyncio.get_running_loop():
             await self.start()
         self._client.check()
-        processor, loop = self._processor, self._loop
-        assert processor is not None
-        assert loop is not None
-        params = _checked_params(sampling_params)
-        parsed = parse_prompt(prompt)
-        request_id = uuid.uuid4().hex if request_id is None else check_str("request_id", request_id)
-        request = self._client.outputs.open(request_id, params, arrival_s)
-        stream = RequestStream(request, self._client.outputs, loop)
+        outputs = self._client.outputs
+        streams: list[RequestStream] = []
         try:
-            prepared = await self._prepare(processor, parsed, params, arrival_s, priority, add_special_tokens)
-            if not request.finished:  # or it was aborted meanwhile
-                handle = self._client.outputs.admit(request, prepared)
-                self._client.add(prepared.message(self._client.epoch, handle))
+            opened = [self._open(request, arrival_s, streams) for request in requests]
+            prepared = await self._prepare(opened, arrival_s, add_special_tokens)
+            for (state, *_), ready in zip(opened, prepared, strict=True):
+                if not state.finished:  # or it was aborted meanwhile
+                    handle = outputs.admit(state, ready)
+                    self._client.add(ready.message(self._client.epoch, handle))
         except BaseException:
-            stream.close()
+            for stream in streams:
+                stream.close()
             raise
+        return streams
+
+    def _open(self, request: NewRequest, arrival_s: float, streams: list[RequestStream]) -> _Opened:
+        params, parsed = _checked_params(request.params), parse_prompt(request.prompt)
+        given = request.request_id
+        request_id = uuid.uuid4().hex if given is None else check_str("request_id", given)
+        state = self._client.outputs.open(request_id, params, arrival_s)
+        assert self._loop is not None
+        streams.append(RequestStream(state, self._client.outputs, self._loop))
         if self._log_requests:
-            logger.info("request %s: %d prompt tokens, %r", request_id, len(request.prompt_token_ids), params)
-        return stream
+            logger.info("request %s: %r", request_id, params)
+            state.on_finish = (_log_finish,)
+        return state, parsed, params, request.priority
 
     async def _prepare(
-        self,
-        processor: InputProcessor,
-        prompt: ParsedPrompt,
-        params: SamplingParams,
-        arrival_s: float,
-        priority: int,
-        add_special_tokens: bool,
-    ) -> PreparedRequest:
-        def prepare() -> PreparedRequest:
-            return processor.prepare(
-                prompt,
-                params,
-                arrival_s=arrival_s,
-                priority=priority,
-                add_special_tokens=add_special_tokens,
-            )
+        self, opened: Sequence[_Opened], arrival_s: float, add_special_tokens: bool
+    ) -> list[PreparedRequest]:
+        processor = self._started()
 
-        if not processor.needs_thread(prompt):
-            return prepare()
-        return await self._run_in_thread(prepare)
+        def prepare() -> list[PreparedRequest]:
+            return [
+                processor.prepare(
+                    parsed,
+                    params,
+                    arrival_s=arrival_s,
+                    priority=priority,
+                    add_special_tokens=add_special_tokens,
+                )
+                for _, parsed, params, priority in opened
+            ]
 
-    async def _run_in_thread(self, function: Any) -> Any:
+        if any(processor.needs_thread(parsed) for _, parsed, *_ in opened):
+            return await self._run_in_thread(prepare)
+        return prepare()
+
+    async def _run_in_thread(self, function: Callable[[], T]) -> T:
         """Run in the pool that tokenizes."""
         assert self._loop is not None
         try:
@@ -306,7 +341,7 @@ class AsyncLLM:
         return await future
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests; their streams give what they have with finish_reason 'abort'. Unknown ids are ignored."""
+        """End requests: their streams give what they have, with finish_reason 'abort'. Unknown ids pass."""
         await self.start()
         for one in [request_id] if isinstance(request_id, str) else request_id:
             if (request := self._client.outputs.requests.get(one)) is not None:
@@ -357,6 +392,16 @@ class AsyncLLM:
         return self._started().model
 
     @property
+    def limits(self) -> Limits:
+        """What the engine accepts. Raises as `model_info`."""
+        return self._started().limits
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the engine takes and gives text. Raises as `model_info`."""
+        return self._started().tokenizer is not None
+
+    @property
     def address(self) -> str:
         """Where further frontends can `connect`."""
         return self._client.address
@@ -366,6 +411,12 @@ class AsyncLLM:
             self._client.check()
             raise EngineError("the engine is not attached yet: `await engine.start()` first")
         return self._processor
+
+    async def tokenize(self, prompt: PromptType) -> list[int]:
+        """The prompt as the model would see it, checked as `generate` checks it."""
+        await self.start()
+        processor, parsed = self._started(), parse_prompt(prompt)
+        return await self._run_in_thread(lambda: processor.token_ids(parsed)[0])
 
     async def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -477,6 +528,18 @@ def _checked_params(params: SamplingParams) -> SamplingParams:
     return params
 
 
+def _log_finish(request: RequestState) -> None:
+    num_tokens = sum(len(child.token_ids) for child in request.children)
+    how = "failed" if request.error is not None else "finished"
+    logger.info(
+        "request %s %s: %d prompt tokens, %d output tokens",
+        request.request_id,
+        how,
+        len(request.prompt_token_ids),
+        num_tokens,
+    )
+
+
 def _is_current(loop: asyncio.AbstractEventLoop) -> bool:
     try:
         return asyncio.get_running_loop() is loop
@@ -484,7 +547,7 @@ def _is_current(loop: asyncio.AbstractEventLoop) -> bool:
         return False
 
 
-def _death_notice(engine: weakref.ref[AsyncLLM]) -> Any:
+def _death_notice(engine: weakref.ref[AsyncLLM]) -> Callable[[str], None]:
     """For the supervisor's thread. Holds the engine weakly, so that a forgotten one can be collected."""
 
     def on_death(problem: str) -> None:

@@ -1,8 +1,8 @@
 """Chats to text: a model's Jinja chat template, rendered in a sandbox.
 
 Renders as transformers does (same Jinja settings, globals and filters), so that a template written for it
-gives the same text. Templates come from whoever runs the engine, messages from clients: what a client sends is
-data for the template and cannot stand in for the renderer's own arguments. Output size and time are limited.
+gives the same text. Templates come from whoever runs the engine, messages from clients: what a client sends
+is data for the template and cannot stand in for the renderer's own arguments. Output and time are limited.
 
 Does not know tokens: the text is to be encoded without special tokens added.
 """

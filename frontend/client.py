@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -62,7 +63,7 @@ class CoreClient:
     Attributes:
         outputs: this frontend's requests.
         welcome: what the core said of itself; None before.
-        stats: the last gauges and counters that the core sent by itself.
+        on_stats: told the gauges and counters that the core sends by itself, once a heartbeat interval.
         dead_error: why nothing more can be asked of the engine; None while it can.
         num_dropped: messages of another epoch, or out of place.
     """
@@ -71,7 +72,7 @@ class CoreClient:
         self.address = address
         self.outputs = OutputProcessor(self._send_abort)
         self.welcome: Welcome | None = None
-        self.stats: Stats | None = None
+        self.on_stats: Callable[[Stats], None] | None = None
         self.dead_error: EngineError | None = None
         self.num_dropped = 0
         self._end: AsyncDealerEnd[CoreToFrontend] | None = None
@@ -255,7 +256,8 @@ class CoreClient:
                 if future is not None and not future.done():
                     future.set_result(message)
             case Stats():
-                self.stats = message
+                if self.on_stats is not None:
+                    self.on_stats(message)
             case Heartbeat():
                 pass
             case Goodbye(reason=reason):

@@ -129,13 +129,8 @@ class InputProcessor:
         """
         priority = v.check_int("priority", priority, -(2**31))
         self._check_params(params)
-        ids, array = self._token_ids(prompt, add_special_tokens)
+        ids, array = self.token_ids(prompt, add_special_tokens)
         max_tokens = self.model.max_model_len - len(ids)
-        if max_tokens < 1:
-            problem = (
-                f"has {len(ids)} tokens; the model takes at most {self.model.max_model_len - 1} and one more"
-            )
-            raise ValidationError("prompt", problem)
         if params.max_tokens is not None:
             max_tokens = min(max_tokens, params.max_tokens)
         seed = secrets.randbits(64) if params.seed is None else params.seed & _MASK
@@ -157,7 +152,14 @@ class InputProcessor:
 
     # ---- the prompt
 
-    def _token_ids(self, prompt: ParsedPrompt, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
+    def token_ids(
+        self, prompt: ParsedPrompt, add_special_tokens: bool = True
+    ) -> tuple[list[int], np.ndarray]:
+        """The prompt as the model sees it, as a list and as i32[prompt_len].
+
+        Raises:
+            ValidationError: it is empty or too long, or holds what is no token of the model.
+        """
         if prompt.token_ids is not None:
             array = self._checked_ids(prompt.token_ids)
             return array.tolist(), array
@@ -170,23 +172,26 @@ class InputProcessor:
             problem = f"has {len(prompt.text)} characters; the context holds at most {self._max_prompt_chars}"
             raise ValidationError("prompt", problem)
         ids = self.tokenizer.encode(prompt.text, add_special_tokens=add_special_tokens)
-        if not ids:
-            raise ValidationError("prompt", "is empty: it has no tokens")
+        self._check_length("prompt", len(ids))
         array = np.asarray(ids, np.int32)
         if int(array.max()) >= self.model.vocab_size:
             problem = f"holds token {int(array.max())}, which the model lacks: is this the model's tokenizer?"
             raise ValidationError("prompt", problem)
         return ids, array
 
+    def _check_length(self, field: str, num_tokens: int) -> None:
+        most = self.model.max_model_len - 1
+        if num_tokens == 0:
+            raise ValidationError(field, "is empty: there must be at least one token")
+        if num_tokens > most:
+            problem = (
+                f"has {num_tokens} tokens; at most {most} leave room for one more in the model's context"
+            )
+            raise ValidationError(field, problem)
+
     def _checked_ids(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         field, vocab_size = "prompt_token_ids", self.model.vocab_size
-        if not len(token_ids):
-            raise ValidationError(field, "must not be empty")
-        if len(token_ids) >= self.model.max_model_len:
-            most = self.model.max_model_len - 1
-            raise ValidationError(
-                field, f"has {len(token_ids)} tokens; the model takes at most {most} and one more"
-            )
+        self._check_length(field, len(token_ids))
         try:
             array = np.asarray(token_ids)
         except (ValueError, TypeError, OverflowError):

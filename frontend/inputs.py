@@ -78,13 +78,21 @@ def parse_prompt(prompt: PromptType) -> ParsedPrompt:
     raise ValidationError("prompt", f"must be a string, a list of token ids or a dict; got {shown(prompt)}")
 
 
-def is_one_prompt(prompts: Any) -> bool:
-    """Whether `prompts` is a single prompt rather than a sequence of them. An empty list is no prompt."""
+def as_prompts(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
+    """One prompt or several, as a list. An empty list is no prompt rather than an empty one.
+
+    Raises:
+        ValidationError: it is neither.
+    """
     if isinstance(prompts, (str, dict)):
-        return True
-    if isinstance(prompts, np.ndarray):
-        return prompts.ndim == 1
-    return isinstance(prompts, (list, tuple)) and bool(prompts) and isinstance(prompts[0], (int, np.integer))
+        return [cast(PromptType, prompts)]
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 1:
+        return [cast(PromptType, prompts)]
+    if not isinstance(prompts, (list, tuple, np.ndarray)):
+        raise ValidationError("prompts", f"must be a prompt or a list of prompts; got {shown(prompts)}")
+    if len(prompts) and isinstance(prompts[0], (int, float, np.integer)):
+        return [cast(PromptType, prompts)]
+    return cast("list[PromptType]", list(prompts))
 
 
 def _parse_dict(prompt: dict[str, Any]) -> ParsedPrompt:

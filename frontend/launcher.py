@@ -14,7 +14,7 @@ import msgspec
 from tercet.config import EngineConfig, ProcessConfig
 from tercet.errors import StartupError
 from tercet.frontend.bundle_files import prepare_files
-from tercet.ipc.channel import check_address, is_socket
+from tercet.ipc.channel import check_address, is_serving
 from tercet.ipc.child import Progress
 from tercet.ipc.errors import CannotStartError
 from tercet.ipc.process import ProcessSpec
@@ -34,24 +34,25 @@ class EngineProcesses:
         *,
         address: str | None = None,
         progress: Callable[[str], None] | None = None,
+        log_level: str | None = None,
     ) -> None:
         """
         Args:
             address: where frontends shall connect; a socket in a private directory where None.
             progress: told what happens while starting, from another thread.
+            log_level: of the engine's processes; None leaves it to TERCET_LOGGING_LEVEL.
 
         Raises:
             ConfigError: the address is not one that Tercet opens, or an engine is there already.
         """
         if address is not None:
             check_address(address)
-            if is_socket(address):
-                raise StartupError(
-                    f"{address} exists: another engine serves there, or one was killed; remove it"
-                )
+            if is_serving(address):
+                raise StartupError(f"{address} is in use: another engine serves there")
         self.on_death: Callable[[str], None] | None = None
         self._config = config
         self._progress = progress
+        self._env = (("TERCET_LOGGING_LEVEL", log_level),) if log_level is not None else ()
         self._directory = RuntimeDir()
         self.address = address or self._directory.address("core")
         self._supervisor: Supervisor | None = None
@@ -103,8 +104,11 @@ class EngineProcesses:
         data = msgspec.msgpack.encode(config)
         module = WORKER_MODULES.get(engine.worker.device, DEFAULT_WORKER_MODULE)
         threads = str(engine.worker.num_threads)
-        env = (("OMP_NUM_THREADS", threads), ("MKL_NUM_THREADS", threads))
-        return [ProcessSpec("core", "tercet.core_proc", data), ProcessSpec("worker 0", module, data, env)]
+        worker_env = (("OMP_NUM_THREADS", threads), ("MKL_NUM_THREADS", threads), *self._env)
+        return [
+            ProcessSpec("core", "tercet.core_proc", data, self._env),
+            ProcessSpec("worker 0", module, data, worker_env),
+        ]
 
     def _on_progress(self, name: str, progress: Progress) -> None:
         share = f" {progress.done}/{progress.total}" if progress.total else ""

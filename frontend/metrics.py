@@ -7,6 +7,9 @@ from typing import Final
 import msgspec
 
 from tercet.ipc.messages import Stats
+from tercet.log import get_logger
+
+logger = get_logger(__name__)
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -57,6 +60,24 @@ def metrics_of(stats: Stats, model_name: str) -> list[Metric]:
         *(Gauge(f"tercet:{name}", labels, float(getattr(stats, field))) for name, field in _GAUGES.items()),
         *(Counter(f"tercet:{name}", labels, getattr(stats, field)) for name, field in _COUNTERS.items()),
     ]
+
+
+class StatsLogger:
+    """Logs the engine's state now and then, and nothing while it is idle."""
+
+    def __init__(self, interval_s: float = 10.0) -> None:
+        self._interval_s = interval_s
+        self._last: Stats | None = None
+
+    def observe(self, stats: Stats) -> None:
+        """Take the figures; log them if the last line is older than the interval and there is work."""
+        last = self._last
+        if last is not None and stats.time_s - last.time_s < self._interval_s:
+            return
+        self._last = stats
+        worked = last is not None and (stats.step, stats.num_waiting) != (last.step, 0)
+        if worked or stats.num_running or stats.num_waiting:
+            logger.info("%s", stats_line(stats, last))
 
 
 def stats_line(now: Stats, before: Stats | None) -> str:

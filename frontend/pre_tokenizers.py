@@ -23,7 +23,6 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Llama 3 and its kin differ in how many digits stay together.
 _LLAMA3 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
@@ -44,10 +43,25 @@ _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
 )
-_FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 _DEFAULT_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
-_DIGIT = r"\p{N}"
-_THREE_DIGITS = r"[0-9][0-9][0-9]"
+
+
+def _split(pattern: str) -> JSONObject:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _to_bytes(split_like_gpt2: bool) -> JSONObject:
+    """The step that writes text in the byte alphabet; it has GPT-2's own splitting built in."""
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": split_like_gpt2,
+    }
+
+
+_EACH_DIGIT: JSONObject = {"type": "Digits", "individual_digits": True}
+_THREE_DIGITS = _split("[0-9][0-9][0-9]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,62 +69,69 @@ class PreTokenizer:
     """How text is split before byte-level BPE.
 
     Attributes:
-        patterns: regular expressions; each splits what the ones before have left, matches standing alone.
+        stages: of tokenizer.json's pre_tokenizer; each splits what the ones before have left.
         ignore_merges: a piece that is in the vocabulary as a whole is not built from merges.
         add_bos: whether a BOS token is put first if the file does not say.
         nfc: whether text is brought to Unicode normal form C.
     """
 
-    patterns: tuple[str, ...]
+    stages: tuple[JSONObject, ...]
     ignore_merges: bool = False
     add_bos: bool = False
     nfc: bool = False
 
     def to_json(self) -> JSONObject:
         """The `pre_tokenizer` of a tokenizer.json."""
-        splits = [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-            for pattern in self.patterns
-        ]
-        to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        return {"type": "Sequence", "pretokenizers": [*splits, to_bytes]}
+        return {"type": "Sequence", "pretokenizers": list(self.stages)}
 
 
-_DIGITS_APART = PreTokenizer((_DIGIT, _GPT2))
-_PLAIN_GPT2 = PreTokenizer((_GPT2,))
-_LIKE_LLAMA3 = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
-_LIKE_QWEN2 = PreTokenizer((_QWEN2,), nfc=True)
+def _by_regex(*patterns: str) -> tuple[JSONObject, ...]:
+    return (*map(_split, patterns), _to_bytes(split_like_gpt2=False))
+
+
+_GPT2 = (_to_bytes(split_like_gpt2=True),)
+_DIGITS_APART = (_EACH_DIGIT, *_GPT2)
+_PLAIN_GPT2 = PreTokenizer(_GPT2)
+_LIKE_SMOLLM = PreTokenizer(_DIGITS_APART)
+_LIKE_LLAMA3 = PreTokenizer(_by_regex(_LLAMA3), ignore_merges=True, add_bos=True)
+_LIKE_QWEN2 = PreTokenizer(_by_regex(_QWEN2), nfc=True)
+_FALCON = (
+    {"type": "Punctuation", "behavior": "Contiguous"},
+    *_GPT2,
+    {"type": "Digits", "individual_digits": False},
+    _THREE_DIGITS,
+)
 
 _BY_TAG: dict[str, PreTokenizer] = {
-    "default": PreTokenizer((_DEFAULT_PUNCTUATION, _GPT2, r"\p{N}+", _THREE_DIGITS)),
+    "default": PreTokenizer((_split(_DEFAULT_PUNCTUATION), *_GPT2, _split(r"\p{N}+"), _THREE_DIGITS)),
     "gpt-2": _PLAIN_GPT2,
     "gpt2": _PLAIN_GPT2,
     "phi-2": _PLAIN_GPT2,
     "olmo": _PLAIN_GPT2,
     "mpt": _PLAIN_GPT2,
     "roberta-bpe": _PLAIN_GPT2,
-    "smollm": _DIGITS_APART,
-    "starcoder": _DIGITS_APART,
-    "refact": _DIGITS_APART,
-    "codeshell": _DIGITS_APART,
-    "minerva-7b": _DIGITS_APART,
-    "command-r": PreTokenizer((_DIGIT, _GPT2), nfc=True),
-    "falcon": PreTokenizer((_FALCON_PUNCTUATION, _GPT2, _THREE_DIGITS)),
+    "smollm": _LIKE_SMOLLM,
+    "starcoder": _LIKE_SMOLLM,
+    "refact": _LIKE_SMOLLM,
+    "codeshell": _LIKE_SMOLLM,
+    "minerva-7b": _LIKE_SMOLLM,
+    "command-r": PreTokenizer(_DIGITS_APART, nfc=True),
+    "falcon": PreTokenizer(_FALCON),
     "llama-bpe": _LIKE_LLAMA3,
     "llama3": _LIKE_LLAMA3,
     "llama-v3": _LIKE_LLAMA3,
     "falcon3": _LIKE_LLAMA3,
-    "dbrx": PreTokenizer((_LLAMA3,)),
-    "smaug-bpe": PreTokenizer((_LLAMA3,)),
-    "chatglm-bpe": PreTokenizer((_LLAMA3,)),
+    "dbrx": PreTokenizer(_by_regex(_LLAMA3)),
+    "smaug-bpe": PreTokenizer(_by_regex(_LLAMA3)),
+    "chatglm-bpe": PreTokenizer(_by_regex(_LLAMA3)),
     "qwen2": _LIKE_QWEN2,
     "deepseek-r1-qwen": _LIKE_QWEN2,
     "megrez": _LIKE_QWEN2,
-    "stablelm2": PreTokenizer((_QWEN2,)),
-    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
-    "gpt-4o": PreTokenizer((_GPT4O,), ignore_merges=True),
-    "llama4": PreTokenizer((_GPT4O,), ignore_merges=True, add_bos=True),
-    "deepseek-v3": PreTokenizer(_DEEPSEEK3),
+    "stablelm2": PreTokenizer(_by_regex(_QWEN2)),
+    "tekken": PreTokenizer(_by_regex(_TEKKEN), ignore_merges=True, add_bos=True),
+    "gpt-4o": PreTokenizer(_by_regex(_GPT4O), ignore_merges=True),
+    "llama4": PreTokenizer(_by_regex(_GPT4O), ignore_merges=True, add_bos=True),
+    "deepseek-v3": PreTokenizer(_by_regex(*_DEEPSEEK3)),
 }
 
 

@@ -53,6 +53,10 @@ class StopStrings:
         self._failures = tuple(_failure_function(string) for string in self.strings)
         self._first_char = re.compile("[" + re.escape("".join({string[0] for string in self.strings})) + "]")
 
+    def may_begin_in(self, text: str) -> bool:
+        """Whether `text` has the first character of a stop string; if not, a fresh scan finds nothing."""
+        return self._first_char.search(text) is not None
+
     def start(self) -> list[int]:
         """Initial state of a scan: for each stop string, how many of its characters the text ends with."""
         return [0] * len(self.strings)
@@ -183,8 +187,16 @@ class OutputText:
             output). The last is below `len(token_ids)` only when a stop string matched before the end; the
             caller then aborts the request. After a match nothing more is taken or returned.
         """
-        if self._stop is None and not finished:
-            return self._append(token_ids), None, len(token_ids)
+        if not finished:  # the common cases first: most tokens begin no stop string
+            if self._stop is None:
+                return self._append(token_ids), None, len(token_ids)
+            if len(token_ids) == 1 and not self._held and self.stop_reason is None:
+                self._num_tokens += 1
+                delta = self._append(token_ids)
+                if self._stop.may_begin_in(delta):
+                    delta = self._scan(self._stop, delta)
+                self._released.append(delta)
+                return delta, self.stop_reason, 1
         if self.stop_reason is not None:
             return "", None, 0
         shown = token_ids[:-1] if ended_by_stop_token and not self._include_stop else token_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Self
 
 from tercet.frontend.output_processor import OutputProcessor, RequestState
@@ -54,18 +55,26 @@ class RequestStream:
             waiter = request.waiter = self._loop.create_future()
             try:
                 await waiter
-            finally:
+            except BaseException:  # cancelled: the place is free again
                 if request.waiter is waiter:
                     request.waiter = None
+                raise
         return output
+
+    def add_finish_callback(self, callback: Callable[[RequestState], None]) -> None:
+        """Call this once nothing more will come for the request; at once, if that is so already."""
+        request = self._request
+        if request.finished:
+            callback(request)
+        else:
+            request.on_finish = (*request.on_finish, callback)
 
     def close(self) -> None:
         """Abort the request unless it has ended; its outputs are gone. Idempotent."""
         request = self._request
         if not request.taken:
             self._outputs.abort(request)
-            request.taken = True
-            request.children = []
+            request.discard()
 
     def __aiter__(self) -> Self:
         return self

@@ -15,7 +15,7 @@ from typing import Any, overload
 
 import msgspec
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from tercet.errors import ModelNotFoundError, UnsupportedModelError, ValidationError
 from tercet.frontend.chat_messages import Message
@@ -99,7 +99,8 @@ class Tokenizer:
         """Token ids of a text. Special tokens spelled out in the text become themselves.
 
         Args:
-            add_special_tokens: add what the model expects around a text (BOS, [CLS], …).
+            add_special_tokens: add what the model expects around a text (BOS, [CLS], …). tokenizer.json says
+                what that is; `add_bos_token` in tokenizer_config.json does not count, as in transformers 5.
 
         Raises:
             ValidationError: the text is not a string, or not valid Unicode.
@@ -314,8 +315,6 @@ def _build_backend(bundle: TokenizerBundle, config: Mapping[str, Any]) -> tokeni
     backend.no_truncation()
     backend.no_padding()
     _add_tokens(backend, bundle, config)
-    if config.get("add_bos_token") is not None or config.get("add_eos_token") is not None:
-        _set_post_processor(backend, bundle, config)
     return backend
 
 
@@ -332,20 +331,3 @@ def _add_tokens(backend: tokenizers.Tokenizer, bundle: TokenizerBundle, config: 
     for content in (*bundle.special_tokens.values(), *bundle.additional_special_tokens):
         if content not in known or not known[content].special:
             backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
-
-
-def _set_post_processor(
-    backend: tokenizers.Tokenizer, bundle: TokenizerBundle, config: Mapping[str, Any]
-) -> None:
-    """Add BOS and EOS as tokenizer_config.json says, whatever tokenizer.json does; so does transformers."""
-    special, before, after = [], "", ""
-    bos, eos = bundle.special_tokens.get("bos_token"), bundle.special_tokens.get("eos_token")
-    if config.get("add_bos_token") and bos is not None:
-        special.append((bos, backend.token_to_id(bos)))
-        before = f"{bos}:0 "
-    if config.get("add_eos_token") and eos is not None:
-        special.append((eos, backend.token_to_id(eos)))
-        after = f" {eos}:0"
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{before}$A:0{after}", special_tokens=special
-    )

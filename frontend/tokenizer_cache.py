@@ -22,7 +22,7 @@ from tercet.log import get_logger
 logger = get_logger(__name__)
 
 # Raise it when a conversion changes, so that what older versions wrote is not read.
-_CONVERSION_VERSION = 1
+_CONVERSION_VERSION = 2
 _HEAD_BYTES = 8 << 20
 _TAIL_BYTES = 64 << 10
 

@@ -85,13 +85,9 @@ def convert_gguf(file: GGUFFile) -> TokenizerBundle:
             f"tokenizer.ggml.model is {kind!r}; supported are 'gpt2' (byte-level BPE) and 'llama' "
             "(SentencePiece). Give a folder with the model's tokenizer.json as `tokenizer` instead"
         )
-    flags = {
-        "add_bos_token": _read(metadata, "add_bos_token", bool, add_bos),
-        "add_eos_token": _read(metadata, "add_eos_token", bool, False),
-    }
+    parts["post_processor"] = _post_processor(metadata, vocabulary, add_bos)
     return TokenizerBundle(
         tokenizer_json=msgspec.json.encode(_tokenizer_json(vocabulary, parts)),
-        tokenizer_config=msgspec.json.encode(flags),
         special_tokens=_special_tokens(metadata, vocabulary),
         chat_templates=_chat_templates(metadata),
         generation_config=msgspec.json.encode(generation_config_from_gguf(file)),
@@ -144,9 +140,9 @@ class _Vocabulary:
 
 
 def _is_added(token: str, kind: int) -> bool:
-    # User-defined runs of spaces cannot be found in text, which has no "▁" yet: those are merged instead.
+    # Runs of spaces that a user defined cannot be found in text, which has no "▁" yet: those are merged.
     if kind == TokenType.USER_DEFINED:
-        return _SPACE not in token
+        return bool(token.strip(_SPACE))
     return kind in (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
@@ -158,7 +154,7 @@ def _tokenizer_json(vocabulary: _Vocabulary, parts: JSONObject) -> JSONObject:
         "added_tokens": vocabulary.added_tokens(),
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": None,  # BOS and EOS are added as tokenizer_config says
+        "post_processor": None,
         **parts,
     }
 
@@ -243,6 +239,33 @@ def sentencepiece_merges(
             if left in pieces and right in pieces:
                 merges.append((left, right))
     return merges
+
+
+def _post_processor(metadata: dict[str, object], vocabulary: _Vocabulary, add_bos: bool) -> JSONObject | None:
+    """What is put around a text: BOS before and EOS after it, where the file or its kind asks for them."""
+    wanted = {
+        "bos_token_id": _read(metadata, "add_bos_token", bool, add_bos),
+        "eos_token_id": _read(metadata, "add_eos_token", bool, False),
+    }
+    ids = {key: metadata.get(f"tokenizer.ggml.{key}") for key, want in wanted.items() if want}
+    tokens = {
+        key: (_token_at(vocabulary, key, token_id), token_id)
+        for key, token_id in ids.items()
+        if isinstance(token_id, int)
+    }
+    if not tokens:
+        return None
+    around = {key: [{"SpecialToken": {"id": token, "type_id": 0}}] for key, (token, _) in tokens.items()}
+    before, after = around.get("bos_token_id", []), around.get("eos_token_id", [])
+    text, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before, text, *after],
+        "pair": [*before, text, *after, *before, second, *after],
+        "special_tokens": {
+            token: {"id": token, "ids": [token_id], "tokens": [token]} for token, token_id in tokens.values()
+        },
+    }
 
 
 def _special_tokens(metadata: dict[str, object], vocabulary: _Vocabulary) -> dict[str, str]:

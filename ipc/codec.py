@@ -37,9 +37,9 @@ MAX_DIMS: Final = 8
 INLINE: Final = 1
 FRAME: Final = 2
 
-_DTYPES: Final = ("bool", "u1", "i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8")
-_DTYPE_OF: Final = tuple(np.dtype(name) for name in _DTYPES)
-_CODE_OF: Final = {dtype: code for code, dtype in enumerate(_DTYPE_OF)}
+_DTYPE_NAMES: Final = ("bool", "u1", "i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8")
+DTYPES: Final = tuple(np.dtype(name) for name in _DTYPE_NAMES)
+_CODE_OF: Final = {dtype: code for code, dtype in enumerate(DTYPES)}
 _INDEX = struct.Struct("<H")
 _HEADERS = tuple(struct.Struct(f"<BB{n}I") for n in range(MAX_DIMS + 1))
 
@@ -124,7 +124,7 @@ class Decoder(Generic[T]):
         if len(data) < 2:
             raise WireError("array header cut short")
         dtype_code, num_dims = data[0], data[1]
-        if dtype_code >= len(_DTYPE_OF) or num_dims > MAX_DIMS:
+        if dtype_code >= len(DTYPES) or num_dims > MAX_DIMS:
             raise WireError(f"array of unknown dtype {dtype_code} or {num_dims} dimensions")
         header = _HEADERS[num_dims]
         if len(data) < header.size:
@@ -136,7 +136,7 @@ class Decoder(Generic[T]):
             body = self._take_frame(rest)
         elif code != INLINE:
             raise WireError(f"unknown extension {code}")
-        return _array_over(body, _DTYPE_OF[dtype_code], shape)
+        return _array_over(body, DTYPES[dtype_code], shape)
 
     def _take_frame(self, reference: memoryview) -> Buffer:
         if len(reference) != _INDEX.size:

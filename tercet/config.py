@@ -209,21 +209,33 @@ class EngineArgs:
         _between("max_logprobs", self.max_logprobs, 0, 2**31 - 1)
         _between("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, 2**31 - 1)
         _between("max_long_partial_prefills", self.max_long_partial_prefills, 0, 2**31 - 1)
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "max_num_queued_reqs"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "num_threads",
+            "max_num_queued_reqs",
+        ):
             _between(name, getattr(self, name), 1, 2**31 - 1)
         _between("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**62)
         _between("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, 2**31 - 1)
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError("gpu_memory_utilization", f"must be in (0, 1]; got {self.gpu_memory_utilization}")
+            raise ConfigError(
+                "gpu_memory_utilization", f"must be in (0, 1]; got {self.gpu_memory_utilization}"
+            )
         if self.tensor_parallel_size != 1:
-            raise ConfigError("tensor_parallel_size", f"only 1 is supported yet; got {self.tensor_parallel_size}")
+            raise ConfigError(
+                "tensor_parallel_size", f"only 1 is supported yet; got {self.tensor_parallel_size}"
+            )
         if self.simulation is not None and self.device != "simulated":
             raise ConfigError("simulation", "goes with device='simulated' only")
 
     def _resolve_device(self) -> str:
         if self.device != "auto":
             return self.device
-        return "cuda" if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists() else "cpu"
+        return (
+            "cuda" if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists() else "cpu"
+        )
 
     def _model_config(self, device: str) -> ModelConfig:
         if device == "simulated":
@@ -278,7 +290,9 @@ class EngineArgs:
             return derived
         if self.max_model_len > derived:
             fix = f"choose at most {derived}, or raise max_position_embeddings through hf_overrides"
-            raise ConfigError("max_model_len", f"{self.max_model_len} exceeds what the model was made for; {fix}")
+            raise ConfigError(
+                "max_model_len", f"{self.max_model_len} exceeds what the model was made for; {fix}"
+            )
         return self.max_model_len
 
     def _scheduler_config(self, model: ModelConfig, device: str) -> SchedulerConfig:
@@ -287,7 +301,9 @@ class EngineArgs:
         tokens = self.max_num_batched_tokens or max(default_tokens, max_num_seqs)
         if tokens < max_num_seqs:
             fix = f"raise it to at least max_num_seqs ({max_num_seqs}), or lower max_num_seqs"
-            raise ConfigError("max_num_batched_tokens", f"{tokens} cannot hold one token of every sequence; {fix}")
+            raise ConfigError(
+                "max_num_batched_tokens", f"{tokens} cannot hold one token of every sequence; {fix}"
+            )
         return SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
@@ -341,5 +357,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _between(name: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high
+    ):
         raise ConfigError(name, f"must be an integer in [{low}, {high}]; got {value!r}")

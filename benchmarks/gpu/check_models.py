@@ -4,9 +4,10 @@
 
 Small checkpoints are made by transformers (initializer_range 0.2, so that logit gaps are not noise) and served
 by `LLM` in float32 and bfloat16, overlapped and plain, with a budget that cuts prompts into chunks and a pool
-that forces preemption. The reference runs in float32 on the same device. Per run: how many of the sequences are
-equal, and for the others the reference's gap between its two best logits where they first differ.
-Then decode speed of two shapes with random weights, for orientation only: no graphs, no tuned kernels yet.
+that forces preemption. The reference runs in float32 on the same device. A first difference counts as explained
+where the reference's two best logits are closer than rounding: 1e-4 in float32, and in bfloat16 twice the largest
+error that transformers' own bfloat16 run makes on the same tokens. Also decode speed of Qwen3-0.6B's shape with
+random weights, for orientation only: no graphs, no tuned kernels yet.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import json
 import platform
 import random
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,24 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-SETTINGS: dict[str, dict[str, Any]] = {
-    "overlapped": {},
-    "plain": {"async_scheduling": False},
-    "chunked": {"max_num_batched_tokens": 40, "max_num_seqs": 32},
-    "preempted": {"num_gpu_blocks_override": 40},
+# name -> (dtype, engine arguments)
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain loop": ("float32", {"async_scheduling": False}),
+    "overlapped, chunked, preempted": (
+        "float32",
+        {"max_num_batched_tokens": 40, "max_num_seqs": 32, "num_gpu_blocks_override": 40},
+    ),
+    "overlapped": ("bfloat16", {}),
 }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One sequence of the reference; per token the gap of the two best logits and bfloat16's largest error."""
+
+    tokens: list[int]
+    gaps: list[float]
+    bf16_noise: list[float]
 
 
 def checkpoints(root: Path) -> dict[str, Path]:
@@ -76,33 +90,50 @@ def prompts() -> list[list[int]]:
 
 
 @torch.inference_mode()
-def reference(path: Path, given: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """Greedy tokens and top-2 logit gaps in float32."""
+def reference(path: Path, given: list[list[int]]) -> list[Reference]:
+    """Greedy tokens and top-2 gaps in float32, and what bfloat16 does to those logits in transformers itself."""
     import transformers as hf
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).cuda().eval()
+    exact = hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).cuda().eval()
+    rounded = hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda().eval()
     found = []
     for prompt in given:
-        ids, cache, tokens, gaps = torch.tensor([prompt], device="cuda"), None, [], []
+        ids, cache = torch.tensor([prompt], device="cuda"), None
+        tokens: list[int] = []
+        rows = []
         for _ in range(NUM_OUTPUTS):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            output = exact(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            top = output.logits[0, -1].float().topk(2)
-            tokens.append(int(top.indices[0]))
-            gaps.append(float(top.values[0] - top.values[1]))
-            ids = top.indices[:1][None]
-        found.append((tokens, gaps))
+            rows.append(output.logits[0, -1].float())
+            ids = rows[-1].argmax()[None, None]
+            tokens.append(int(ids))
+        logits = torch.stack(rows)
+        top = logits.topk(2).values
+        again = rounded(input_ids=torch.tensor([prompt + tokens[:-1]], device="cuda")).logits[0].float()
+        noise = (again[len(prompt) - 1 :] - logits).abs().amax(-1)
+        found.append(Reference(tokens, (top[:, 0] - top[:, 1]).tolist(), noise.tolist()))
     return found
 
 
-def compare(ours: list[list[int]], theirs: list[tuple[list[int], list[float]]]) -> dict[str, Any]:
-    gaps = []
-    for mine, (tokens, top2) in zip(ours, theirs, strict=True):
-        first = next((i for i, (a, b) in enumerate(zip(mine, tokens, strict=True)) if a != b), None)
+def compare(ours: list[list[int]], theirs: list[Reference], dtype: str) -> dict[str, Any]:
+    """A first difference is explained if the gap is within twice the rounding seen up to there."""
+    differences = []
+    explained = 0
+    for mine, case in zip(ours, theirs, strict=True):
+        pairs = enumerate(zip(mine, case.tokens, strict=True))
+        first = next((i for i, (a, b) in pairs if a != b), None)
         if first is not None:
-            gaps.append(round(top2[first], 5))
-    return {"sequences": len(ours), "equal": len(ours) - len(gaps), "gaps_at_first_difference": sorted(gaps)}
+            allowed = 2 * max(case.bf16_noise[: first + 1]) if dtype == "bfloat16" else 1e-4
+            explained += case.gaps[first] <= allowed
+            differences.append({"at": first, "gap": round(case.gaps[first], 5), "allowed": round(allowed, 5)})
+    return {
+        "sequences": len(ours),
+        "equal": len(ours) - len(differences),
+        "explained": explained,
+        "unexplained": len(differences) - explained,
+        "first_differences": differences,
+    }
 
 
 def generate(path: Path, given: list[list[int]], dtype: str, settings: dict[str, Any]) -> list[list[int]]:
@@ -123,21 +154,21 @@ def generate(path: Path, given: list[list[int]], dtype: str, settings: dict[str,
         llm.shutdown()
 
 
-def check(out: dict[str, Any]) -> None:
+def check(out: dict[str, Any], save: Callable[[], None]) -> None:
     given = prompts()
     with tempfile.TemporaryDirectory() as folder:
         for name, path in checkpoints(Path(folder)).items():
             theirs = reference(path, given)
             torch.cuda.empty_cache()
-            for label, settings in SETTINGS.items():
-                for dtype in ("float32", "bfloat16") if label == "overlapped" else ("float32",):
-                    row = compare(generate(path, given, dtype, settings), theirs)
-                    out["models"].append({"model": name, "dtype": dtype, "setting": label, **row})
-                    print(json.dumps(out["models"][-1]), flush=True)
+            for label, (dtype, settings) in SETTINGS.items():
+                row = compare(generate(path, given, dtype, settings), theirs, dtype)
+                out["models"].append({"model": name, "dtype": dtype, "setting": label, **row})
+                print(name, dtype, label, {k: v for k, v in row.items() if isinstance(v, int)}, flush=True)
+                save()
 
 
-def speed(out: dict[str, Any]) -> None:
-    """Decode of Qwen3-0.6B's shape with random weights, as it is now."""
+def speed(out: dict[str, Any], save: Callable[[], None]) -> None:
+    """Decode of Qwen3-0.6B's shape with random weights, as it is now, without graphs or tuned kernels."""
     import transformers as hf
 
     config = hf.Qwen3Config(
@@ -164,6 +195,7 @@ def speed(out: dict[str, Any]) -> None:
             row = {"what": f"{batch} x 128/256 greedy", "ms per step": round(seconds / 256 * 1e3, 2)}
             out["speed"].append({**row, "output tok/s": round(batch * 256 / seconds)})
             print(json.dumps(out["speed"][-1]), flush=True)
+            save()
         llm.shutdown()
 
 
@@ -182,13 +214,13 @@ def main() -> None:
         "models": [],
         "speed": [],
     }
-    try:
-        check(out)
-        speed(out)
-    finally:
+
+    def save() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "check_models.json").write_text(json.dumps(out, indent=1) + "\n")
-    print("done", file=sys.stderr)
+
+    speed(out, save)
+    check(out, save)
 
 
 if __name__ == "__main__":

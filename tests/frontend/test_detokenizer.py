@@ -30,8 +30,8 @@ SCRIPTS = [
     "\ufffd\x00\u200b\ufeff",
     "\ud7ff\ue000\U0010ffff",
 ]
-# Each example runs over one tokenizer at one size; the full size makes 10^5 of them over all tokenizers.
-EXAMPLES = 100_000 // len(NAMES) if FULL else 40
+EXAMPLES = 400 if FULL else 40  # found by hypothesis, for each tokenizer and property
+RANDOM_STRINGS = 100_000 if FULL else 500  # drawn plainly, for each tokenizer
 
 
 @st.composite
@@ -138,6 +138,40 @@ def test_finishing_at_every_offset_gives_the_decode_of_that_prefix(name: str) ->
     check()
 
 
+def random_text(rng: random.Random) -> str:
+    """Pieces of the scripts, cut anywhere, and random bytes as UTF-8 decoding shows them."""
+    parts = []
+    for _ in range(rng.randrange(1, 4)):
+        if rng.random() < 0.5:
+            script = rng.choice(SCRIPTS)
+            start = rng.randrange(len(script))
+            parts.append(script[start : start + rng.randrange(1, 8)])
+        else:
+            parts.append(rng.randbytes(rng.randrange(1, 8)).decode("utf-8", "replace"))
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.timeout(600)
+def test_many_random_byte_strings(name: str) -> None:
+    """Encodings of random byte strings, ended anywhere (inside characters too), random tokens among them."""
+    tokenizer = specimen(name)
+    factory = DetokenizerFactory(tokenizer)
+    rng = random.Random(name)
+    for start in range(0, RANDOM_STRINGS, 500):
+        texts = [random_text(rng) for _ in range(min(500, RANDOM_STRINGS - start))]
+        lists = [encoding.ids for encoding in tokenizer.backend.encode_batch(texts)]
+        for token_ids in lists:
+            if rng.random() < 0.3:
+                token_ids.insert(rng.randrange(len(token_ids) + 1), rng.randrange(tokenizer.vocab_size))
+            del token_ids[rng.randrange(1, len(token_ids) + 2) :]
+        skip = rng.random() < 0.5
+        expected = tokenizer.backend.decode_batch(lists, skip_special_tokens=skip)
+        for token_ids, text in zip(lists, expected, strict=True):
+            chunks = chunks_of(token_ids, [rng.randrange(99) for _ in range(rng.randrange(5))])
+            assert stream(factory.create(skip_special_tokens=skip), chunks) == text, token_ids
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_text_after_a_prompt(name: str) -> None:
     tokenizer = specimen(name)
@@ -206,7 +240,7 @@ def test_decoder_is_recognised(name: str, kind: DecoderKind) -> None:
     ],
     ids=repr,
 )
-def test_unusual_chains_are_exact_too(decoder: object) -> None:
+def test_unusual_chains_are_exact_too(decoder: decoders.Decoder) -> None:
     base = specimen("byte_fallback").backend
     backend = tokenizers.Tokenizer.from_str(base.to_str())
     backend.decoder = decoder

@@ -52,7 +52,11 @@ class Specimen:
 
 
 def _trained(
-    model: object, trainer: object, decoder: object, pre_tokenizer: object, normalizer: object = None
+    model: models.Model,
+    trainer: trainers.Trainer,
+    decoder: decoders.Decoder,
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    normalizer: normalizers.Normalizer | None = None,
 ) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.decoder = decoder
@@ -74,7 +78,7 @@ def byte_level() -> tokenizers.Tokenizer:
     return _trained(models.BPE(), trainer, decoders.ByteLevel(), pre)
 
 
-def _byte_fallback(decoder: object) -> tokenizers.Tokenizer:
+def _byte_fallback(decoder: decoders.Decoder) -> tokenizers.Tokenizer:
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=["<unk>"], limit_alphabet=60, show_progress=False

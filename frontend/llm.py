@@ -1,0 +1,385 @@
+"""`LLM`: an engine for synchronous code.
+
+The requests live on an event loop in a thread of this object's own, so that the connection is served (its
+heartbeats, its end) while the caller computes, and `LLM` may be used from any thread, several at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import difflib
+import threading
+import weakref
+from collections.abc import Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self, TypeAlias, TypeVar
+
+import msgspec
+
+from tercet.config import EngineArgs
+from tercet.errors import ConfigError, EngineClosedError, ValidationError
+from tercet.frontend.async_llm import AsyncLLM, NewRequest
+from tercet.frontend.beam_search import BeamSearchOutput, beam_search
+from tercet.frontend.inputs import PromptType, as_prompts
+from tercet.frontend.metrics import Metric
+from tercet.frontend.output_processor import RequestState
+from tercet.frontend.outputs import RequestOutput
+from tercet.frontend.progress import Progress, UseTqdm
+from tercet.frontend.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from tercet.frontend.stream import RequestStream
+from tercet.frontend.tokenizer import Tokenizer
+from tercet.frontend.validation import shown
+from tercet.ipc.messages import ModelInfo
+
+MAX_UNFINISHED: Final = 4096
+"""Completions that `generate` has at the core at a time: enough to choose from, within its queue's bound."""
+
+CHUNK: Final = 16  # prompts tokenized at a time, while earlier ones are computed
+
+T = TypeVar("T")
+Message: TypeAlias = Mapping[str, Any]
+
+
+class LLM:
+    """An engine with a model, used synchronously.
+
+    Args:
+        model: a directory in Hugging Face form, a .gguf file, a hub id, or None for the default model.
+        chat_template: Jinja source, or name of one of the model's templates, for `chat`.
+        engine_args: any other argument of `EngineArgs`, by name.
+
+    Raises:
+        ConfigError: an argument cannot work, or there is none of that name.
+        ModelNotFoundError, UnsupportedModelError: there is no model that could run.
+        StartupError: a process could not start; nothing is left running.
+    """
+
+    def __init__(
+        self, model: str | None = None, *, chat_template: str | None = None, **engine_args: Any
+    ) -> None:
+        quiet = {"disable_log_stats": True, **engine_args}  # a program's output is its own
+        self._open(_engine_args(model, quiet), chat_template)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
+        """As the constructor, from arguments already put together."""
+        llm = cls.__new__(cls)
+        llm._open(engine_args, None)
+        return llm
+
+    def _open(self, engine_args: EngineArgs, chat_template: str | None) -> None:
+        self._chat_template = chat_template
+        self._engine = AsyncLLM.from_engine_args(engine_args)
+        self._thread = _LoopThread()
+        # Runs at exit too, and never twice; holds no reference to this object.
+        self._finalizer = weakref.finalize(self, _close, self._engine, self._thread)
+        try:
+            self._thread.run(self._engine.start())
+        except BaseException:
+            self.shutdown()
+            raise
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts; outputs come in the order of the prompts.
+
+        Args:
+            prompts: one or several: text, token ids, or a dict of either with options.
+            sampling_params: for all, or one for each; None takes the model's defaults. Their `output_kind`
+                is ignored: every output is final.
+            use_tqdm: show a progress bar; or the class (or function) that makes one.
+            priority: for all, or one for each; lower runs earlier, with scheduling_policy='priority'.
+
+        Raises:
+            ValidationError: a prompt or parameter is wrong. Like every other error it ends the whole call,
+                and requests already made are aborted.
+            RequestError: a request failed.
+            EngineDeadError, EngineClosedError: there is no engine any more.
+        """
+        many = as_prompts(prompts)
+        requests = self._pair(many, sampling_params, priority)
+        return self._generate(requests, use_tqdm, add_special_tokens=True)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, each a list of messages {'role': …, 'content': …}.
+
+        The chat template alone decides on special tokens. Arguments not named here are those of `generate`.
+
+        Args:
+            chat_template: Jinja source, or name of one of the model's; None is the LLM's, then the model's.
+            add_generation_prompt: end the prompt where the assistant's answer begins.
+            continue_final_message: let the model go on in the last message instead.
+            tools: descriptions of functions, for templates that show them.
+            chat_template_kwargs: further variables for the template.
+
+        Raises:
+            ValidationError: also where the template refuses the conversation.
+        """
+        if not isinstance(messages, (list, tuple)):
+            raise ValidationError("messages", f"must be a list of messages; got {shown(messages)}")
+        conversations: Sequence[Any] = (
+            [messages] if messages and isinstance(messages[0], Mapping) else messages
+        )
+        tokenizer = self.get_tokenizer()
+        prompts: list[PromptType] = [
+            str(
+                tokenizer.apply_chat_template(
+                    conversation,
+                    tools=tools,
+                    chat_template=chat_template or self._chat_template,
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **(chat_template_kwargs or {}),
+                )
+            )
+            for conversation in conversations
+        ]
+        requests = self._pair(prompts, sampling_params, priority)
+        return self._generate(requests, use_tqdm, add_special_tokens=False)
+
+    def beam_search(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: UseTqdm = False,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest continuations of each prompt, best first.
+
+        Raises:
+            ValidationError: a field is wrong; beam_width needs an engine with max_logprobs of twice as much.
+        """
+        many = as_prompts(prompts)
+        with Progress(use_tqdm, len(many), "Beam search") as progress:
+            return self._thread.run(_beam_search_all(self._engine, many, params, progress))
+
+    def _pair(
+        self,
+        prompts: Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] | None,
+    ) -> list[NewRequest]:
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        all_params = _one_for_each("sampling_params", sampling_params, len(prompts))
+        priorities = _one_for_each("priority", 0 if priority is None else priority, len(prompts))
+        final = {id(params): _final_only(params) for params in all_params}
+        return [
+            NewRequest(prompt, final[id(params)], priority=one)
+            for prompt, params, one in zip(prompts, all_params, priorities, strict=True)
+        ]
+
+    def _generate(
+        self, requests: list[NewRequest], use_tqdm: UseTqdm, add_special_tokens: bool
+    ) -> list[RequestOutput]:
+        with Progress(use_tqdm, len(requests), "Processed prompts") as progress:
+            return self._thread.run(_generate_all(self._engine, requests, progress, add_special_tokens))
+
+    # ---- the engine
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The model's name, context length, vocabulary and so on."""
+        return self._engine.model_info
+
+    @property
+    def address(self) -> str:
+        """Where further frontends can connect to this engine."""
+        return self._engine.address
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; EngineError where the engine has none."""
+        return self._thread.run(self._engine.get_tokenizer())
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults (its generation_config), where it has any."""
+        return self._engine.get_default_sampling_params()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached block that no running request holds; True if that were all of them."""
+        return self._thread.run(self._engine.reset_prefix_cache())
+
+    def get_metrics(self) -> list[Metric]:
+        """Every gauge and counter of the engine, as of now."""
+        return self._thread.run(self._engine.get_metrics())
+
+    def shutdown(self) -> None:
+        """Abort what is unfinished and end the engine's processes. Idempotent; `with` and exit do it too."""
+        self._finalizer()
+
+    close = shutdown
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __repr__(self) -> str:
+        return f"LLM(model={self._engine.model_info.name!r}, address={self.address!r})"
+
+
+class _LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        # A daemon: at exit Python waits for other threads before it runs the finalizer that ends this one.
+        self._thread = threading.Thread(target=self._serve, name="tercet-llm", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and wait for it; an interrupt (Ctrl-C) here cancels it there."""
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise EngineClosedError("the engine was shut down on this side")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            while not future.done():
+                concurrent.futures.wait([future], timeout=1.0)
+                if not self._thread.is_alive() and not future.done():  # shut down from another thread
+                    raise EngineClosedError("the engine was shut down on this side")
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise EngineClosedError("the engine was shut down on this side") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _serve(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(_cancel_others())
+            self._loop.close()
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
+
+
+def _close(engine: AsyncLLM, thread: _LoopThread) -> None:
+    engine.shutdown()
+    thread.stop()
+
+
+async def _cancel_others() -> None:
+    """End every other task of the running loop."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _generate_all(
+    engine: AsyncLLM, requests: Sequence[NewRequest], progress: Progress, add_special_tokens: bool
+) -> list[RequestOutput]:
+    """Send every request, in order and as the window has room, and collect the outputs in the same order."""
+    streams: list[RequestStream] = []
+    window = _Window(MAX_UNFINISHED, progress)
+    try:
+        for start in range(0, len(requests), CHUNK):
+            chunk = requests[start : start + CHUNK]
+            await window.wait_for_room()
+            added = await engine.add_requests(chunk, add_special_tokens=add_special_tokens)
+            streams += added
+            for stream, request in zip(added, chunk, strict=True):
+                window.enter(stream, request.params.n)
+            await asyncio.sleep(0)  # prompts of token ids are prepared in place: let outputs in between
+        return [await stream.get() for stream in streams]
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+class _Window:
+    """How many completions are at the core, and a place to wait until there is room for more."""
+
+    def __init__(self, size: int, progress: Progress) -> None:
+        self._size = size
+        self._progress = progress
+        self._used = 0
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def wait_for_room(self) -> None:
+        await self._room.wait()
+
+    def enter(self, stream: RequestStream, n: int) -> None:
+        self._used += n
+        if self._used >= self._size:
+            self._room.clear()
+        stream.add_finish_callback(lambda request: self._leave(request, n))
+
+    def _leave(self, request: RequestState, n: int) -> None:
+        self._used -= n
+        if self._used < self._size or request.error is not None:  # after an error nobody may wait for room
+            self._room.set()
+        num_tokens = sum(len(child.token_ids) for child in request.children)
+        self._progress.finished(len(request.prompt_token_ids), num_tokens)
+
+
+async def _beam_search_all(
+    engine: AsyncLLM, prompts: Sequence[PromptType], params: BeamSearchParams, progress: Progress
+) -> list[BeamSearchOutput]:
+    found = []
+    for prompt in prompts:
+        output = await beam_search(engine, prompt, params)
+        progress.finished(len(output.prompt_token_ids), params.max_tokens * params.beam_width)
+        found.append(output)
+    return found
+
+
+def _engine_args(model: str | None, engine_args: Mapping[str, Any]) -> EngineArgs:
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in engine_args:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(name, f"is no engine argument{hint}")
+    return EngineArgs(model=model, **engine_args)
+
+
+def _one_for_each(field: str, value: T | Sequence[T], count: int) -> list[T]:
+    if not isinstance(value, (list, tuple)):
+        return [value] * count  # type: ignore[list-item]  # a single value: sequences went the other way
+    if len(value) != count:
+        raise ValidationError(
+            field, f"must be one value, or one for each of the {count} prompts; got {len(value)}"
+        )
+    return list(value)
+
+
+def _final_only(params: SamplingParams) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise ValidationError("sampling_params", f"must be SamplingParams; got {shown(params)}")
+    if params.output_kind is RequestOutputKind.FINAL_ONLY:
+        return params
+    return msgspec.structs.replace(params, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=False)
