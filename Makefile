@@ -1,7 +1,7 @@
 # Every target does the set-up that it needs: `make demo` works on a bare clone with Python 3.11 and make.
 
 PYTHON ?= python3
-PROMPT ?= Why is the sky blue? Answer in one sentence.
+PROMPT ?= What is the capital of France?
 PYTEST_ARGS ?=
 
 VENV := .venv

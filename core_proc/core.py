@@ -398,8 +398,12 @@ class Core:
         )
 
     def close(self, reason: str) -> None:
-        """End what runs and tell everyone that this core leaves."""
-        self.abort_all()
+        """Tell everyone that this core leaves; where it was told to, end what runs first.
+
+        After a fault nothing is ended: to its frontend a request must look unfinished, as it is.
+        """
+        if self.stopping:
+            self.abort_all()
         for frontend in list(self.frontends.by_peer.values()):
             self._try_send(frontend.peer, Goodbye(epoch=self.scheduler.epoch, reason=reason))
         try:

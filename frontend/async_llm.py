@@ -7,6 +7,7 @@ thread or process that outlives `shutdown`.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 import threading
 import time
@@ -56,15 +57,19 @@ _PAUSE_MODES: Final = {"abort": PauseMode.ABORT, "wait": PauseMode.WAIT, "keep":
 
 @dataclass(slots=True)
 class NewRequest:
-    """One request of `AsyncLLM.add_requests`; see `AsyncLLM.generate` for the fields."""
+    """One request of `AsyncLLM.add_requests`; see `AsyncLLM.generate` for the fields.
+
+    `default_seed` is used where `params` has none; None draws one at random.
+    """
 
     prompt: PromptType
     params: SamplingParams
     request_id: str | None = None
     priority: int = 0
+    default_seed: int | None = None
 
 
-_Opened: TypeAlias = tuple[RequestState, ParsedPrompt, SamplingParams, int]
+_Opened: TypeAlias = tuple[RequestState, ParsedPrompt, NewRequest]
 
 
 class AsyncLLM:
@@ -302,13 +307,14 @@ class AsyncLLM:
         params, parsed = _checked_params(request.params), parse_prompt(request.prompt)
         given = request.request_id
         request_id = uuid.uuid4().hex if given is None else check_str("request_id", given)
+        request = dataclasses.replace(request, params=params)
         state = self._client.outputs.open(request_id, params, arrival_s)
         assert self._loop is not None
         streams.append(RequestStream(state, self._client.outputs, self._loop))
         if self._log_requests:
             logger.info("request %s: %r", request_id, params)
             state.on_finish = (_log_finish,)
-        return state, parsed, params, request.priority
+        return state, parsed, request
 
     async def _prepare(
         self, opened: Sequence[_Opened], arrival_s: float, add_special_tokens: bool
@@ -319,12 +325,13 @@ class AsyncLLM:
             return [
                 processor.prepare(
                     parsed,
-                    params,
+                    request.params,
                     arrival_s=arrival_s,
-                    priority=priority,
+                    priority=request.priority,
                     add_special_tokens=add_special_tokens,
+                    default_seed=request.default_seed,
                 )
-                for _, parsed, params, priority in opened
+                for _, parsed, request in opened
             ]
 
         if any(processor.needs_thread(parsed) for _, parsed, *_ in opened):

@@ -114,6 +114,7 @@ class InputProcessor:
         arrival_s: float,
         priority: int = 0,
         add_special_tokens: bool = True,
+        default_seed: int | None = None,
     ) -> PreparedRequest:
         """Check a request against the model and tokenize it.
 
@@ -123,6 +124,7 @@ class InputProcessor:
             arrival_s: time.time() at which the request came.
             priority: lower runs earlier, under the priority policy.
             add_special_tokens: for text: add what the model expects around it.
+            default_seed: where `params` has no seed; None draws one at random.
 
         Raises:
             ValidationError: names the field, what is wrong and what would be right.
@@ -133,7 +135,8 @@ class InputProcessor:
         max_tokens = self.model.max_model_len - len(ids)
         if params.max_tokens is not None:
             max_tokens = min(max_tokens, params.max_tokens)
-        seed = secrets.randbits(64) if params.seed is None else params.seed & _MASK
+        seed = params.seed if params.seed is not None else default_seed
+        seed = secrets.randbits(64) if seed is None else seed & _MASK
         return PreparedRequest(
             prompt=prompt.text,
             prompt_token_ids=ids,

@@ -104,7 +104,9 @@ class EngineProcesses:
         data = msgspec.msgpack.encode(config)
         module = WORKER_MODULES.get(engine.worker.device, DEFAULT_WORKER_MODULE)
         threads = str(engine.worker.num_threads)
-        worker_env = (("OMP_NUM_THREADS", threads), ("MKL_NUM_THREADS", threads), *self._env)
+        # Threads that wait must not spin: core and frontends share the processors with a worker on the CPU.
+        omp = (("OMP_NUM_THREADS", threads), ("MKL_NUM_THREADS", threads), ("OMP_WAIT_POLICY", "PASSIVE"))
+        worker_env = (*omp, *self._env)
         return [
             ProcessSpec("core", "tercet.core_proc", data, self._env),
             ProcessSpec("worker 0", module, data, worker_env),

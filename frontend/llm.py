@@ -22,6 +22,7 @@ from tercet.config import EngineArgs
 from tercet.errors import ConfigError, EngineClosedError, ValidationError
 from tercet.frontend.async_llm import AsyncLLM, NewRequest
 from tercet.frontend.beam_search import BeamSearchOutput, beam_search
+from tercet.frontend.input_processor import derive_child_seed
 from tercet.frontend.inputs import PromptType, as_prompts
 from tercet.frontend.metrics import Metric
 from tercet.frontend.output_processor import RequestState
@@ -71,6 +72,8 @@ class LLM:
 
     def _open(self, engine_args: EngineArgs, chat_template: str | None) -> None:
         self._chat_template = chat_template
+        self._seed = engine_args.seed
+        self._num_requests = 0
         self._engine = AsyncLLM.from_engine_args(engine_args)
         self._thread = _LoopThread()
         # Runs at exit too, and never twice; holds no reference to this object.
@@ -188,9 +191,16 @@ class LLM:
         priorities = _one_for_each("priority", 0 if priority is None else priority, len(prompts))
         final = {id(params): _final_only(params) for params in all_params}
         return [
-            NewRequest(prompt, final[id(params)], priority=one)
+            NewRequest(prompt, final[id(params)], priority=one, default_seed=self._draw_seed())
             for prompt, params, one in zip(prompts, all_params, priorities, strict=True)
         ]
+
+    def _draw_seed(self) -> int | None:
+        """For a request without a seed: the next of the sequence that the engine's seed begins."""
+        if self._seed is None:
+            return None
+        self._num_requests += 1
+        return derive_child_seed(self._seed, self._num_requests)
 
     def _generate(
         self, requests: list[NewRequest], use_tqdm: UseTqdm, add_special_tokens: bool

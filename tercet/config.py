@@ -51,7 +51,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     max_model_len: int
     dtype: str
-    seed: int
     load_format: str
     eos_token_ids: list[int]
     default_sampling: dict[str, float | int]
@@ -142,7 +141,7 @@ class EngineArgs:
     generation_config: str = "auto"  # 'auto': defaults from the model's generation_config; 'vllm': none
     override_generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: str = "auto"
-    seed: int = 0
+    seed: int | None = 0  # of `LLM`: its requests without a seed repeat from run to run; None: at random
     load_format: str = "auto"
     max_model_len: int | None = None
     device: str = "auto"
@@ -259,7 +258,6 @@ class EngineArgs:
             vocab_size=int(text["vocab_size"]),
             max_model_len=self._max_model_len(derived),
             dtype=_canonical_dtype(self.dtype),
-            seed=self.seed,
             load_format=self.load_format,
             eos_token_ids=_eos_token_ids(hf, source.generation_config),
             default_sampling=_default_sampling(generation),
@@ -279,7 +277,6 @@ class EngineArgs:
             vocab_size=vocab_size,
             max_model_len=self._max_model_len(2**31 - 1 if self.max_model_len else 8192),
             dtype="float32",
-            seed=self.seed,
             load_format="dummy",
             eos_token_ids=[int(self.hf_overrides.get("eos_token_id", 0))],
             default_sampling={},
@@ -320,7 +317,8 @@ class EngineArgs:
 
 @dataclass(kw_only=True)
 class AsyncEngineArgs(EngineArgs):
-    """`EngineArgs` of an `AsyncLLM`."""
+    """`EngineArgs` of an `AsyncLLM`, whose requests draw their seeds at random where they have none."""
+
 
     enable_log_requests: bool = False
 

@@ -62,9 +62,9 @@ GROUPS: dict[str, dict[str, str]] = {
 
 NOT_FLAGS = {
     "model": "an argument of its own in every command",
-    "seed": "nothing draws from it: noise follows each request's own seed",
+    "seed": "it is for programs that use LLM; here --seed is the request's own",
     "enforce_eager": "there are no graphs yet that it could switch off",
-    "disable_log_stats": "nothing logs statistics unasked",
+    "disable_log_stats": "chat and complete print figures of their own",
 }
 """Fields without a flag, and why."""
 

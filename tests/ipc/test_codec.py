@@ -32,22 +32,22 @@ def round_trip(message: msgspec.Struct, inline_bytes: int = INLINE_BYTES) -> Any
 
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
-@settings(max_examples=2_000 if FULL else 30)
-@given(data=st.data(), inline_bytes=st.sampled_from([-1, 0, 16, INLINE_BYTES]))
+@settings(max_examples=2_000 if FULL else 100)
+@given(data=st.data(), inline_bytes=st.sampled_from([0, 16, INLINE_BYTES]))
 def test_every_message_comes_back_as_it_was(kind: Any, data: st.DataObject, inline_bytes: int) -> None:
     message = data.draw(structs(kind))
     assert same(round_trip(message, inline_bytes), message)
 
 
 @settings(max_examples=5_000 if FULL else 200)
-@given(array=arrays(), inline_bytes=st.sampled_from([-1, INLINE_BYTES]))
+@given(array=arrays(), inline_bytes=st.sampled_from([0, INLINE_BYTES]))
 def test_arrays_of_every_dtype_shape_and_layout_come_back(array: np.ndarray, inline_bytes: int) -> None:
     back = round_trip(m.Abort(epoch=1, handles=array), inline_bytes).handles
     assert same(back, array)
     assert not back.flags.writeable
 
 
-@pytest.mark.parametrize("inline_bytes", [-1, INLINE_BYTES])
+@pytest.mark.parametrize("inline_bytes", [0, INLINE_BYTES])
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,) * 8])
 def test_shapes_at_the_edge(shape: tuple[int, ...], inline_bytes: int) -> None:
     back = round_trip(m.Abort(epoch=1, handles=np.ones(shape, np.float16)), inline_bytes).handles
@@ -75,7 +75,7 @@ def test_torch_tensors_travel_as_arrays() -> None:
 def test_bfloat16_travels_as_its_bits() -> None:
     torch = pytest.importorskip("torch")
     tensor = torch.tensor([[1.5, -2.0], [3.0e38, 0.0]], dtype=torch.bfloat16, requires_grad=True)
-    back = round_trip(m.Abort(epoch=1, handles=tensor), -1).handles
+    back = round_trip(m.Abort(epoch=1, handles=tensor), 0).handles
     assert back.dtype == np.uint16
     assert torch.equal(torch.from_numpy(back.copy()).view(torch.bfloat16), tensor.detach())
 
@@ -90,7 +90,6 @@ def test_memoryviews_travel_as_their_bytes() -> None:
     "value",
     [
         object(),
-        {1, 2},
         np.array(["text"]),
         np.array([object()]),
         np.zeros(1, np.complex64),
@@ -283,7 +282,7 @@ def test_arrays_that_lie_are_refused(name: str) -> None:
 
 def test_one_frame_cannot_stand_for_two_arrays() -> None:
     extension = msgspec.msgpack.Ext(FRAME, header(6, 1) + b"\x01\0")
-    sampling = [1, *[1.0] * 7, 0, [], [], None, None, extension, extension]
+    sampling = [1, 1.0, 1.0, 0, *[1.0] * 4, 0, [], [], None, None, extension, extension]
     head = msgspec.msgpack.encode(
         ["AddRequest", 1, 1, msgspec.msgpack.Ext(INLINE, header(6, 1) + bytes(4)), 1, sampling, [0]]
     )
@@ -344,7 +343,7 @@ def test_caps_on_frames_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_decoder_is_as_good_as_new_after_a_refusal() -> None:
     decoder = Decoder[Any](m.FrontendToCore)
-    frames = Encoder(-1).encode_bytes(EXAMPLES["AddRequest"])
+    frames = Encoder(0).encode_bytes(EXAMPLES["AddRequest"])
     for _ in range(3):
         with pytest.raises(WireError):
             decoder.decode(frames[:-1])
