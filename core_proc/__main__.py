@@ -18,7 +18,7 @@ def run(child: ChildProcess) -> int:
 
         return main(child)
     finally:
-        if child.orphaned:
+        if child.is_orphaned():
             _remove_directory(child)
 
 

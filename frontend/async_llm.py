@@ -114,8 +114,13 @@ class AsyncLLM:
     # ---- start and stop
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
+    def from_engine_args(
+        cls, engine_args: EngineArgs, *, progress: Callable[[str], None] | None = None
+    ) -> AsyncLLM:
         """Start an engine of one's own; returns once it takes requests.
+
+        Args:
+            progress: told, from another thread, what the start is doing; logged where None.
 
         Blocks for as long as the model loads, so from a running event loop call it through
         `asyncio.to_thread`.
@@ -125,7 +130,7 @@ class AsyncLLM:
             ModelNotFoundError, UnsupportedModelError: there is no model that could run.
             StartupError: a process could not start; nothing is left running.
         """
-        processes = EngineProcesses(engine_args.create_engine_config(), progress=logger.info)
+        processes = EngineProcesses(engine_args.create_engine_config(), progress=progress or logger.info)
         try:
             processes.start()
         except BaseException:

@@ -29,6 +29,7 @@ from tercet.frontend.output_processor import RequestState
 from tercet.frontend.outputs import RequestOutput
 from tercet.frontend.progress import Progress, UseTqdm
 from tercet.frontend.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from tercet.frontend.status_line import StatusLine
 from tercet.frontend.stream import RequestStream
 from tercet.frontend.tokenizer import Tokenizer
 from tercet.frontend.validation import shown
@@ -74,7 +75,8 @@ class LLM:
         self._chat_template = chat_template
         self._seed = engine_args.seed
         self._num_requests = 0
-        self._engine = AsyncLLM.from_engine_args(engine_args)
+        with StatusLine() as status:
+            self._engine = AsyncLLM.from_engine_args(engine_args, progress=status.show)
         self._thread = _LoopThread()
         # Runs at exit too, and never twice; holds no reference to this object.
         self._finalizer = weakref.finalize(self, _close, self._engine, self._thread)

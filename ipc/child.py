@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import signal
 import sys
 import threading
@@ -51,13 +50,17 @@ class ChildProcess:
         self._report_fd = report_fd
         self._death_signal = death_signal
         self._encoder = msgspec.json.Encoder()
+        self._orphaned = False
+        self._dismissed = threading.Event()  # by a parent that lives, or by its death
 
-    @property
-    def orphaned(self) -> bool:
-        """Whether the parent is gone, so that nobody else will clean up after this process."""
-        poll = select.poll()
-        poll.register(self.life_fd, select.POLLIN)
-        return bool(poll.poll(0))  # nothing is ever written to it: this is its end-of-file
+    def is_orphaned(self) -> bool:
+        """Whether the parent is gone, so that nobody else will clean up after this process.
+
+        For a process that is leaving: it waits up to a second to know. The signal of a parent's death may come
+        before the end-of-file, since it is sent when the first of the parent's threads is gone.
+        """
+        self._dismissed.wait(_ORPHAN_GRACE_S)
+        return self._orphaned
 
     def report(self, report: Report) -> None:
         """Tell the parent; ignored once it is gone."""
@@ -67,8 +70,10 @@ class ChildProcess:
             pass
 
     def _watch_parent(self) -> None:
-        while os.read(self.life_fd, 1):
-            pass
+        while os.read(self.life_fd, 1):  # a byte: the parent asks this process to leave
+            self._dismissed.set()
+        self._orphaned = True
+        self._dismissed.set()
         os.kill(os.getpid(), self._death_signal)
         threading.Event().wait(_ORPHAN_GRACE_S)
         os._exit(_ORPHAN_EXIT_CODE)

@@ -100,6 +100,10 @@ class Child:
     def terminate(self) -> None:
         """Ask it to leave (SIGTERM)."""
         if self._process.poll() is None:
+            try:
+                os.write(self._life_w, b"x")  # so that it knows the signal from that of its parent's death
+            except OSError:
+                pass  # it has just closed its end
             self._process.terminate()
 
     def kill(self) -> None:

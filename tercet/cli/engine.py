@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(config: EngineConfig, address: str | None, signals: _Signals) -> str | None:
     """Why the engine ended: words where a process died, None where a signal asked for it."""
-    from tercet.cli.terminal import StatusLine
     from tercet.frontend.launcher import EngineProcesses
+    from tercet.frontend.status_line import StatusLine
     from tercet.ipc.channel import socket_path
 
     with StatusLine() as status:

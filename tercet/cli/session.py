@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 from tercet import log
 from tercet.cli.engine_flags import engine_args, given_engine_flags
 from tercet.cli.sampling_flags import sampling_params
-from tercet.cli.terminal import StatusLine, figures
+from tercet.cli.terminal import figures
 from tercet.errors import ConfigError
 from tercet.frontend.async_llm import AsyncLLM
 from tercet.frontend.inputs import PromptType
 from tercet.frontend.launcher import EngineProcesses
 from tercet.frontend.outputs import RequestOutput
 from tercet.frontend.sampling_params import SamplingParams
+from tercet.frontend.status_line import StatusLine
 from tercet.frontend.stream import RequestStream
 from tercet.frontend.tokenizer import Tokenizer
 

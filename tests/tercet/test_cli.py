@@ -15,10 +15,11 @@ from tercet import __version__, model_source
 from tercet.cli import COMMANDS, main, make_parser
 from tercet.cli.engine_flags import GROUPS, NOT_FLAGS, engine_args, parse_count
 from tercet.cli.sampling_flags import sampling_params
-from tercet.cli.terminal import StatusLine, figures, with_bar
+from tercet.cli.terminal import figures
 from tercet.config import EngineArgs, SimulationConfig
 from tercet.frontend.outputs import RequestStateStats
 from tercet.frontend.sampling_params import RequestOutputKind, SamplingParams
+from tercet.frontend.status_line import StatusLine, with_bar
 from tests.tercet.cli_tools import run
 
 
