@@ -397,12 +397,12 @@ class Core:
             "frontend %s (slot %d) detached, %d requests aborted", frontend.name, frontend.slot, count
         )
 
-    def close(self, reason: str) -> None:
-        """Tell everyone that this core leaves; where it was told to, end what runs first.
+    def close(self, reason: str, *, fault: bool) -> None:
+        """Tell everyone that this core leaves; in good order, end what runs first.
 
         After a fault nothing is ended: to its frontend a request must look unfinished, as it is.
         """
-        if self.stopping:
+        if not fault:
             self.abort_all()
         for frontend in list(self.frontends.by_peer.values()):
             self._try_send(frontend.peer, Goodbye(epoch=self.scheduler.epoch, reason=reason))

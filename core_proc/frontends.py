@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 
+from tercet.ipc.host import host_id
 from tercet.ipc.messages import Hello
 
 _MAX_NAME = 80
@@ -61,12 +60,3 @@ class Frontends:
             self.by_pidfd.pop(frontend.pidfd, None)
             os.close(frontend.pidfd)
             frontend.pidfd = -1
-
-
-def host_id() -> str:
-    """Equal for two processes only if they share a kernel: the host's name and the id of its boot."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = ""
-    return f"{socket.gethostname()}/{boot}"

@@ -79,7 +79,8 @@ def _serve(config: ProcessConfig, child: ChildProcess, stop_fd: int) -> int:
             try:
                 core.run()
             finally:
-                core.close("the engine was shut down" if core.stopping else "the engine has died")
+                fault = not core.stopping or child.is_fault()
+                core.close("the engine has died" if fault else "the engine was shut down", fault=fault)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tercet import envs
 from tercet.config import EngineConfig
 from tercet.frontend.tokenizer import load_bundle
 from tercet.frontend.tokenizer_bundle import TokenizerBundle, read_tokenizer_files
+from tercet.frontend.tokenizer_cache import write_atomically
 from tercet.log import get_logger
 
 logger = get_logger(__name__)
@@ -63,13 +63,4 @@ def _write_all(folder: Path, files: dict[str, bytes]) -> None:
         path = folder / name
         if path.is_file() and path.read_bytes() == content:
             continue
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Renamed into place, so that another engine that starts now never reads half a file.
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, content)

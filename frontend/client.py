@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -30,6 +28,7 @@ from tercet.errors import (
 from tercet.frontend.output_processor import OutputProcessor
 from tercet.ipc.channel import AsyncDealerEnd, is_socket
 from tercet.ipc.errors import ClosedChannelError, PeerUnreachableError
+from tercet.ipc.host import host_id
 from tercet.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -305,15 +304,6 @@ class CoreClient:
                 self._loop.remove_reader(self._core_pidfd)
             os.close(self._core_pidfd)
             self._core_pidfd = -1
-
-
-def host_id() -> str:
-    """Equal for two processes only if they share a kernel: the host's name and the id of its boot."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = ""
-    return f"{socket.gethostname()}/{boot}"
 
 
 def _failure(message: RequestFailed, request_id: str) -> TercetError:

@@ -38,7 +38,7 @@ def cached_bundle(kind: str, fingerprint: str, convert: Callable[[], TokenizerBu
         logger.warning("converted tokenizer %s cannot be read (%s); converting again", path, error)
     bundle = convert()
     try:
-        _write_atomically(path, msgspec.msgpack.encode(bundle))
+        write_atomically(path, msgspec.msgpack.encode(bundle))
     except OSError as error:
         logger.warning("converted tokenizer cannot be cached (%s); the next start converts again", error)
     return bundle
@@ -69,7 +69,8 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a name of its own and rename it into place: nobody ever reads half of it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:

@@ -15,6 +15,8 @@ from typing import NoReturn
 
 import msgspec
 
+LEAVE = b"l"
+LEAVE_AFTER_FAULT = b"f"
 _PR_SET_PDEATHSIG = 1
 _ORPHAN_EXIT_CODE = 64
 _ORPHAN_GRACE_S = 1.0  # for an orderly leave, which removes socket files
@@ -51,6 +53,7 @@ class ChildProcess:
         self._death_signal = death_signal
         self._encoder = msgspec.json.Encoder()
         self._orphaned = False
+        self._fault = False
         self._dismissed = threading.Event()  # by a parent that lives, or by its death
 
     def is_orphaned(self) -> bool:
@@ -62,6 +65,11 @@ class ChildProcess:
         self._dismissed.wait(_ORPHAN_GRACE_S)
         return self._orphaned
 
+    def is_fault(self) -> bool:
+        """Whether this process leaves because its parent or a sibling died, not in good order; waits likewise."""
+        self._dismissed.wait(_ORPHAN_GRACE_S)
+        return self._fault or self._orphaned
+
     def report(self, report: Report) -> None:
         """Tell the parent; ignored once it is gone."""
         try:
@@ -70,7 +78,8 @@ class ChildProcess:
             pass
 
     def _watch_parent(self) -> None:
-        while os.read(self.life_fd, 1):  # a byte: the parent asks this process to leave
+        while word := os.read(self.life_fd, 1):  # the parent asks this process to leave
+            self._fault |= word == LEAVE_AFTER_FAULT
             self._dismissed.set()
         self._orphaned = True
         self._dismissed.set()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from tercet.ipc.child import Report
+from tercet.ipc.child import LEAVE, LEAVE_AFTER_FAULT, Report
 
 _MAX_REPORT_BYTES = 1 << 20
 
@@ -97,11 +97,11 @@ class Child:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"was killed by {name}"
 
-    def terminate(self) -> None:
-        """Ask it to leave (SIGTERM)."""
+    def terminate(self, *, fault: bool = False) -> None:
+        """Ask it to leave (SIGTERM), saying whether that is because another process of the engine died."""
         if self._process.poll() is None:
-            try:
-                os.write(self._life_w, b"x")  # so that it knows the signal from that of its parent's death
+            try:  # so that it knows the signal from that of its parent's death
+                os.write(self._life_w, LEAVE_AFTER_FAULT if fault else LEAVE)
             except OSError:
                 pass  # it has just closed its end
             self._process.terminate()

@@ -16,6 +16,8 @@ from tercet.ipc.child import Failed, Progress, Ready
 from tercet.ipc.errors import CannotStartError
 from tercet.ipc.process import Child, ProcessSpec
 
+_FAULT_TIMEOUT_S = 2.0  # for the others to leave once one has died
+
 
 class Supervisor:
     """Owns a set of child processes from one thread. `start` and `stop` may be called from any thread."""
@@ -160,9 +162,9 @@ class Supervisor:
                     words += filter(None, [self._problems.get(child)])
                     if self.on_death is not None:
                         self.on_death(": ".join(words))
-                    # Not asked to leave: a core so asked tells its frontends of an orderly end, and this is none.
                     for other in self._children:
-                        other.kill()
+                        other.terminate(fault=True)
+                    self._stop_timeout_s = min(self._stop_timeout_s, _FAULT_TIMEOUT_S)
                     return
                 if key.fd == child.report_fd:
                     selector.unregister(child.report_fd)  # its end-of-file would wake us for ever

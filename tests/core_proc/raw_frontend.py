@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from tercet.core_proc.frontends import host_id
 from tercet.ipc.channel import DealerEnd
 from tercet.ipc.errors import PeerBusyError
+from tercet.ipc.host import host_id
 from tercet.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,

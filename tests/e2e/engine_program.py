@@ -1,7 +1,7 @@
-"""A program that runs an engine and a request of its own on it, for a test to kill: `python -m tests.e2e.engine_program`.
+"""A program that runs an engine and a request of its own on it, for a test to kill.
 
-Prints `pids …` as soon as the engine's processes run, `ready ADDRESS`, `busy` while tokens come, `dead …` when it is told
-that the engine died, and `left` at its end. An argument is an address for the engine to listen at.
+`python -m tests.e2e.engine_program [ADDRESS]` prints `pids …` as soon as the engine's processes run, `ready ADDRESS`,
+`busy` while tokens come, `dead …` when it is told that the engine died, and `left` at its end.
 """
 
 from __future__ import annotations

@@ -105,6 +105,8 @@ def test_frontends_are_told_when_the_worker_dies(folder: Path) -> None:
             other.read_until(lambda: len(other.tokens[1]) > 10)
             os.kill(pids[1], signal.SIGKILL)
             other.read_until(lambda: other.goodbye is not None, TOLD_S)
+            assert other.goodbye is not None and "died" in other.goodbye.reason
+            assert not other.finish[1], "a request that was cut off must not look finished"
         read_line(parent, "left")
 
 

@@ -112,6 +112,22 @@ def test_a_child_that_ignores_sigterm_still_ends_with_its_parent(children: list[
     assert child.wait(PROMISE_S * SLACK)
 
 
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_child_that_is_asked_to_leave_learns_why(children: list[Child], fault: bool) -> None:
+    child = start(children, "ready why", DEATH_SIGNAL=str(int(signal.SIGTERM)))
+    reports_until(child, Ready)
+    child.terminate(fault=fault)
+    assert reports_until(child, Failed) == [Failed(f"orphaned=False fault={fault}")]
+
+
+def test_an_orphan_knows_that_it_is_one(children: list[Child]) -> None:
+    child = start(children, "ready why", DEATH_SIGNAL=str(int(signal.SIGTERM)))
+    reports_until(child, Ready)
+    os.close(child._life_w)
+    child._life_w = os.open(os.devnull, os.O_WRONLY)
+    assert reports_until(child, Failed) == [Failed("orphaned=True fault=True")]
+
+
 def test_children_survive_ctrl_c_in_the_terminal(children: list[Child]) -> None:
     """It is their parent's to handle: they are in a group of their own, and ignore the signal besides."""
     child = start(children, "ready stuck")

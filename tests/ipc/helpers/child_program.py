@@ -37,6 +37,14 @@ def _touch_at_sigterm(child: ChildProcess) -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+def _say_why(child: ChildProcess) -> None:
+    """Wait for the signal to leave, and report what it knows of its reason."""
+    try:
+        threading.Event().wait(20.0)
+    except SystemExit:
+        child.report(Failed(f"orphaned={child.is_orphaned()} fault={child.is_fault()}"))
+
+
 _DO: dict[str, Callable[[ChildProcess], object]] = {
     "progress": _report_often,
     "slowly": _report_slowly,
@@ -49,6 +57,7 @@ _DO: dict[str, Callable[[ChildProcess], object]] = {
     "say-when-left": _touch_at_sigterm,
     "garbage": lambda child: os.write(child._report_fd, b"not json\n\xff\n{}\n"),
     "stuck": lambda child: threading.Event().wait(),
+    "why": _say_why,
     "nap": lambda child: time.sleep(0.3),
     "echo-config": lambda child: child.report(Failed(f"{len(child.config)} {os.environ.get('GREETING')}")),
 }
