@@ -12,6 +12,7 @@ from tercet.ops.attention import AttentionMetadata, paged_attention
 from tercet.ops.kv_write import write_kv
 from tercet.ops.norm import add_rms_norm, rms_norm
 from tercet.ops.registry import operations
+from tercet.ops.rope_kv import rope_and_write_kv
 from tercet.ops.rotary import apply_rotary
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "operations",
     "paged_attention",
     "rms_norm",
+    "rope_and_write_kv",
     "silu_and_mul",
     "write_kv",
 ]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.ops.registry import operation
+from tercet.ops.triton_support import TRITON, on_cuda
 
 
 @operation("silu_and_mul")
@@ -32,3 +33,17 @@ def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
+
+
+@silu_and_mul.implementation(TRITON, supports=on_cuda)
+def _silu_and_mul_triton(gate_up: Tensor) -> Tensor:
+    from tercet.ops import triton_rows
+
+    return triton_rows.silu_and_mul(gate_up)
+
+
+@gelu_tanh_and_mul.implementation(TRITON, supports=on_cuda)
+def _gelu_tanh_and_mul_triton(gate_up: Tensor) -> Tensor:
+    from tercet.ops import triton_rows
+
+    return triton_rows.gelu_tanh_and_mul(gate_up)

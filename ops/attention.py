@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.ops.registry import operation
+from tercet.ops.triton_support import TRITON, on_cuda
 
 # The reference gathers the keys and values of a batch before it multiplies; larger batches go in slices,
 # so that this, and not the batch, bounds the memory.
@@ -68,8 +69,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token over its sequence's cached keys and values, its own included.
 
-    The decodes are computed together: the number of Python calls does not depend on their number. The chunks
-    are computed one by one. Nothing waits for the device.
+    The decodes are computed together: the number of Python calls does not depend on their number. The reference
+    computes the chunks one by one. Nothing waits for the device.
 
     Args:
         q_THD: queries, rotated.
@@ -96,6 +97,23 @@ def paged_attention(
         out_THD[chunk] = _chunk(q_THD[chunk], kv_cache, meta, i, scale, sliding_window, soft_cap)
         start += query_len
     return out_THD
+
+
+@paged_attention.implementation(TRITON, supports=on_cuda)
+def _paged_attention_triton(
+    q_THD: Tensor,
+    kv_cache: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    from tercet.ops import triton_attention
+
+    return triton_attention.paged_attention(
+        q_THD, kv_cache, meta, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
+    )
 
 
 def _decode(

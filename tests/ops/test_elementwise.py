@@ -74,3 +74,36 @@ def test_heads_that_do_not_fit_the_cache_are_refused() -> None:
     cache, slots = torch.zeros(2, 2, 2, 1, 4), torch.tensor([3])
     with pytest.raises(ValueError, match=r"do not fit the cache \(2, 2, 2, 1, 4\)"):
         ops.write_kv(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), cache, slots)
+
+
+@pytest.mark.parametrize("norm", [None, 0.0, 1.0])
+def test_rope_and_write_kv_is_its_parts_one_after_another(norm: float | None) -> None:
+    qkv, angles = randn(4, 9, 8), randn(4, 3, seed=1)
+    weights = randn(8, seed=2), randn(8, seed=3)
+    both = torch.cat((angles, angles), -1)
+    cos, sin, slots = both.cos(), both.sin(), torch.tensor([7, 2, 5, 0])
+    got_cache, cache = torch.zeros(2, 2, 4, 2, 2, 8).unbind(0)
+    got = ops.rope_and_write_kv(
+        qkv,
+        cos,
+        sin,
+        got_cache,
+        slots,
+        qk_norm=None if norm is None else weights,
+        eps=1e-3,
+        weight_offset=norm or 0.0,
+    )
+    q, k, v = qkv.split([5, 2, 2], dim=1)
+    if norm is not None:
+        q, k = ops.rms_norm(q, weights[0], 1e-3, norm), ops.rms_norm(k, weights[1], 1e-3, norm)
+    ops.write_kv(ops.apply_rotary(k, cos, sin), v, cache, slots)
+    torch.testing.assert_close(got, ops.apply_rotary(q, cos, sin))
+    torch.testing.assert_close(got_cache, cache)
+
+
+def test_rope_and_write_kv_refuses_heads_that_do_not_fit() -> None:
+    one, cache = torch.ones(1, 4), torch.zeros(2, 2, 2, 1, 4)
+    with pytest.raises(ValueError, match="2 heads do not fit"):
+        ops.rope_and_write_kv(torch.zeros(1, 2, 4), one, one, cache, torch.tensor([1]))
+    with pytest.raises(ValueError, match="do not fit the cache"):
+        ops.rope_and_write_kv(torch.zeros(1, 3, 8), one, one, cache, torch.tensor([1]))

@@ -289,7 +289,9 @@ def _undeclared(sources: list[Source], declared: set[str]) -> set[str]:
     tops = {_top(found.module) for source in sources for found in imports_of(source.tree)}
     third_party = tops - set(sys.stdlib_module_names) - own
     return {
-        top for top in third_party if not declared & {_normalized(name) for name in providers.get(top, ())}
+        top
+        for top in third_party
+        if not declared & {_normalized(name) for name in providers.get(top, (top,))}
     }
 
 

@@ -50,23 +50,24 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(
             spec.num_heads * spec.head_dim, spec.hidden_size, bias=spec.o_bias, place=place
         )
-        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.num_kv_heads = self.qkv_proj.num_kv_heads
         self.qk_norm = spec.qk_norm
+        self.rms_norm_eps, self.norm_weight_offset = spec.rms_norm_eps, spec.norm_weight_offset
         if spec.qk_norm:
             self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, place, spec.norm_weight_offset)
             self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, place, spec.norm_weight_offset)
 
     def forward(self, x_TD: Tensor, angles: Angles, kv_cache: Tensor, meta: AttentionMetadata) -> Tensor:
-        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
-        qkv_THD = self.qkv_proj(x_TD).unflatten(-1, (num_heads + 2 * num_kv_heads, self.head_dim))
-        v_TKD = qkv_THD[:, num_heads + num_kv_heads :]
-        if self.qk_norm:
-            q_THD = ops.apply_rotary(self.q_norm(qkv_THD[:, :num_heads]), *angles)
-            k_TKD = ops.apply_rotary(self.k_norm(qkv_THD[:, num_heads:-num_kv_heads]), *angles)
-        else:  # queries and keys lie side by side: rotated as one
-            qk_THD = ops.apply_rotary(qkv_THD[:, :-num_kv_heads], *angles)
-            q_THD, k_TKD = qk_THD[:, :num_heads], qk_THD[:, num_heads:]
-        ops.write_kv(k_TKD, v_TKD, kv_cache, meta.slot_mapping_T)
+        qkv_THD = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_THD = ops.rope_and_write_kv(
+            qkv_THD,
+            *angles,
+            kv_cache,
+            meta.slot_mapping_T,
+            qk_norm=(self.q_norm.weight, self.k_norm.weight) if self.qk_norm else None,
+            eps=self.rms_norm_eps,
+            weight_offset=self.norm_weight_offset,
+        )
         out_THD = ops.paged_attention(
             q_THD,
             kv_cache,

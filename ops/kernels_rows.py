@@ -1,0 +1,89 @@
+"""Triton bodies of the operations that work on one token at a time; `triton_rows.py` launches them.
+
+All compute in float32 and round once, where they store.
+"""
+
+import triton
+import triton.language as tl
+
+INFINITY = tl.constexpr(float("inf"))
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+
+
+@triton.jit
+def rms_norm_kernel(
+    out, total, x, residual, weight, eps, weight_offset,
+    D: tl.constexpr, D_PAD: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Program (row): out = norm(x), or with ADD total = x + residual and out = norm(total)."""
+    row = tl.program_id(0).to(tl.int64) * D
+    d = tl.arange(0, D_PAD)
+    keep = d < D
+    value = tl.load(x + row + d, mask=keep, other=0.0)
+    if ADD:
+        added = value.to(tl.float32) + tl.load(residual + row + d, mask=keep, other=0.0).to(tl.float32)
+        value = added.to(total.dtype.element_ty)
+        tl.store(total + row + d, value, mask=keep)
+    value = value.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
+    factor = tl.load(weight + d, mask=keep, other=0.0).to(tl.float32) + weight_offset
+    tl.store(out + row + d, (value * scale * factor).to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def rope_and_write_kv_kernel(
+    q_out, kv_cache, v_offset, qkv, cos, sin, slots, q_weight, k_weight, eps, weight_offset,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
+    D_PAD: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, block of heads): queries go to q_out, keys and values to the token's slot.
+
+    Element d < R is turned with its partner at distance R / 2, which is loaded a second time (from the L1 cache)
+    rather than exchanged between threads.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    d = tl.arange(0, D_PAD)[None, :]
+    keep = (head < H + 2 * K) & (d < D)
+    is_query, is_value = head < H, head >= H + K
+    partner = tl.where(d < R // 2, d + R // 2, tl.where(d < R, d - R // 2, d))
+    base = qkv + token * ((H + 2 * K) * D) + head * D
+    value = tl.load(base + d, mask=keep, other=0.0).to(tl.float32)
+    other = tl.load(base + partner, mask=keep, other=0.0).to(tl.float32)
+    turned_value, turned_other = value, other
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+        q_factor = tl.load(q_weight + d, mask=d < D, other=0.0).to(tl.float32)
+        k_factor = tl.load(k_weight + d, mask=d < D, other=0.0).to(tl.float32)
+        turned_value = value * scale * (tl.where(is_query, q_factor, k_factor) + weight_offset)
+        q_factor = tl.load(q_weight + partner, mask=d < D, other=0.0).to(tl.float32)
+        k_factor = tl.load(k_weight + partner, mask=d < D, other=0.0).to(tl.float32)
+        turned_other = other * scale * (tl.where(is_query, q_factor, k_factor) + weight_offset)
+    angle = token * R + d
+    cosine = tl.load(cos + angle, mask=d < R, other=1.0).to(tl.float32)
+    sine = tl.load(sin + angle, mask=d < R, other=0.0).to(tl.float32)
+    turned = turned_value * cosine + tl.where(d < R // 2, -turned_other, turned_other) * sine
+    result = tl.where(is_value, value, turned).to(q_out.dtype.element_ty)
+    tl.store(q_out + token * (H * D) + head * D + d, result, mask=keep & is_query)
+    # Rounded first: what overflows the dtype is not finite either.
+    is_finite = tl.abs(result.to(tl.float32)) < INFINITY
+    stored = tl.where(is_finite, result, 0.0).to(kv_cache.dtype.element_ty)
+    slot = kv_cache + tl.load(slots + token) * (K * D)
+    tl.store(slot + (head - H) * D + d, stored, mask=keep & (head >= H) & (head < H + K))
+    tl.store(slot + v_offset + (head - H - K) * D + d, stored, mask=keep & is_value)
+
+
+@triton.jit
+def gated_activation_kernel(out, gate_up, F: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (row, block of F): act(gate) * up."""
+    row = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep = f < F
+    gate = tl.load(gate_up + row * (2 * F) + f, mask=keep, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * (2 * F) + F + f, mask=keep, other=0.0).to(tl.float32)
+    if GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
+        inner = SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
+        result = gate * tl.sigmoid(2.0 * inner) * up
+    else:
+        result = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * F + f, result.to(out.dtype.element_ty), mask=keep)
