@@ -8,18 +8,25 @@ from pathlib import Path
 
 import msgspec
 
-from tercet.ipc.child import ChildProcess, adopt
+from tercet.ipc.child import ChildProcess
+
+_FAULT_WAIT_S = 0.3
 
 
 def run(child: ChildProcess) -> int:
     """Run the core; returns the exit code."""
     try:
+        # SIGTERM, not SIGKILL: this process removes the socket files of an engine whose parent was killed.
+        child.tie(signal.SIGTERM)
         from tercet.core_proc.main import main
 
-        return main(child)
-    finally:
-        if child.is_orphaned():
-            _remove_directory(child)
+        code = main(child)
+    except SystemExit:  # told to leave while importing
+        code = 0
+    # One that leaves by a fault of its own need not be told why. Its parent may be dying too, and took its worker.
+    if child.is_orphaned(_FAULT_WAIT_S if code else 1.0):
+        _remove_directory(child)
+    return code
 
 
 def _remove_directory(child: ChildProcess) -> None:
@@ -31,5 +38,4 @@ def _remove_directory(child: ChildProcess) -> None:
 
 
 if __name__ == "__main__":
-    # SIGTERM, not SIGKILL: this process removes the socket files of an engine whose parent was killed.
-    sys.exit(run(adopt(signal.SIGTERM)))
+    sys.exit(run(ChildProcess.from_arguments()))

@@ -29,6 +29,7 @@ class BlockPool:
         self._by_hash: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
         self._tokens_of: dict[int, bytes] = {}
+        self.num_published = 0  # since the start
 
     @property
     def num_free(self) -> int:
@@ -96,6 +97,7 @@ class BlockPool:
             self._by_hash[block_hash] = block
             self._hash_of[block] = block_hash
             self._tokens_of[block] = tokens
+            self.num_published += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """One holder of these blocks, given in the order of its sequence, lets go."""

@@ -24,6 +24,8 @@ from tercet.ipc.messages import (
     StepResult,
 )
 
+_I32 = np.dtype(np.int32)
+
 
 class ResultError(Exception):
     """A worker's result contradicts the plan: the worker is at fault and its step cannot be used."""
@@ -65,7 +67,7 @@ def apply_result(scheduler: Scheduler, result: StepResult, now: float) -> Outgoi
     scheduler.counters.generation_tokens += int(np.count_nonzero(entries.keep))
     _finish_rows(scheduler, result, entries)
     _forget_drained(scheduler)
-    if not entries.keep.all():
+    if not _all(entries.keep):
         entries = _select(entries, entries.keep)
     outputs = _route(scheduler, result.step, entries, started, logprobs, prompt_logprobs)
     return Outgoing(outputs, failures)
@@ -99,25 +101,28 @@ def _check(scheduler: Scheduler, result: StepResult) -> None:
     if result.step != scheduler.applied_step + 1 or result.step > scheduler.step:
         raise ResultError(f"result of step {result.step}; expected {scheduler.applied_step + 1}")
     m = len(result.row)
-    sizes = {len(result.gen), len(result.token), len(result.finish)}
-    if sizes != {m} or result.offset is not None:
+    if not m == len(result.gen) == len(result.token) == len(result.finish) or result.offset is not None:
         raise ResultError("columns of different lengths")
-    if m and not 0 <= int(result.row.min()) <= int(result.row.max()) < scheduler.rows.num_rows:
+    if result.row.dtype != _I32:
+        raise ResultError(f"rows of {result.row.dtype}")
+    # As unsigned numbers, negative ones are out of range too.
+    if m and int(np.maximum.reduce(result.row.view(np.uint32))) >= scheduler.rows.num_rows:
         raise ResultError("a row that does not exist")
 
 
 def _read_entries(scheduler: Scheduler, result: StepResult) -> _Entries:
-    rows, row = scheduler.rows, result.row
-    known = rows.known[row]
+    rows = scheduler.rows
+    row = result.row.astype(np.intp)  # once, rather than in each of the look-ups below
+    known = rows.known.take(row)
     entries = _Entries(
-        frontend=rows.frontend[row],
-        handle=rows.handle[row],
-        first_index=known - rows.prompt_len[row],
+        frontend=rows.frontend.take(row),
+        handle=rows.handle.take(row),
+        first_index=known - rows.prompt_len.take(row),
         token=result.token,
         finish=result.finish,
-        keep=rows.gen[row] == result.gen,
+        keep=rows.gen.take(row) == result.gen,
     )
-    if entries.keep.all():
+    if _all(entries.keep):
         rows.tokens[row, known] = result.token
         rows.known[row] = known + 1
     else:
@@ -145,7 +150,7 @@ def _read_stale(scheduler: Scheduler, result: StepResult, entries: _Entries, ind
 
 
 def _finish_rows(scheduler: Scheduler, result: StepResult, entries: _Entries) -> None:
-    for index in np.flatnonzero(result.finish).tolist():
+    for index in result.finish.nonzero()[0].tolist():
         row = int(result.row[index])
         request = scheduler.rows.requests[row]
         if request is not None and scheduler.rows.gen[row] == result.gen[index]:
@@ -186,6 +191,8 @@ def _fail_rows(scheduler: Scheduler, errors: RowErrors | None) -> list[tuple[int
 def _read_started(scheduler: Scheduler, result: StepResult, now: float) -> dict[int, Started]:
     """Facts about requests whose first token this is, by frontend."""
     rows = scheduler.rows
+    if not np.count_nonzero(rows.unstarted):
+        return {}
     fresh = rows.unstarted[result.row] & (rows.gen[result.row] == result.gen)
     if not fresh.any():
         return {}
@@ -264,7 +271,7 @@ def _route(
     frontend = entries.frontend
     if not len(frontend):
         groups: list[tuple[int, _Entries]] = []
-    elif (frontend == frontend[0]).all():
+    elif _all(frontend == frontend[0]):
         groups = [(int(frontend[0]), entries)]
     else:
         groups = [(int(f), _select(entries, frontend == f)) for f in np.unique(frontend)]
@@ -319,3 +326,8 @@ def _select(entries: _Entries, mask: np.ndarray) -> _Entries:
         finish=entries.finish[mask],
         keep=entries.keep[mask],
     )
+
+
+def _all(mask: np.ndarray) -> bool:
+    """As `mask.all()`, at a fifth of its cost for the sizes of a batch."""
+    return bool(np.count_nonzero(mask) == len(mask))

@@ -78,13 +78,14 @@ class RowTable:
         request.row = row
         return row
 
-    def append_blocks(self, row: np.ndarray, blocks: list[int]) -> list[int]:
-        """Add a block to each of these rows; returns its index in each."""
-        index = self.capacity[row] // self.block_size
-        self.blocks[row, index] = blocks
+    def append_blocks(self, row: np.ndarray, blocks: list[int]) -> np.ndarray:
+        """Add a block to each of these rows; returns the changes as i32[k, 4]: group, row, index, block."""
+        changes = np.zeros((len(row), 4), np.int32)
+        changes[:, 1] = row
+        index = changes[:, 2] = self.capacity[row] // self.block_size
+        changes[:, 3] = self.blocks[row, index] = blocks
         self.capacity[row] += self.block_size
-        places: list[int] = index.tolist()
-        return places
+        return changes
 
     def vacate(self, row: int) -> None:
         """Take the row back: tokens move out to the request, results in flight become stale."""

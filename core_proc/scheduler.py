@@ -24,6 +24,7 @@ from tercet.core_proc.rows import RowTable
 from tercet.core_proc.waiting_queue import WaitingQueue
 from tercet.ipc.messages import AddRequest, Admission, Audit, PauseMode, RowState, StepPlan
 
+_DECODE = int(RowState.DECODE)  # numpy is slow to see that an enum's member is a number
 _LOOKAHEAD = 64  # waiting requests looked at past one that must wait for its turn
 
 
@@ -48,7 +49,7 @@ class Draft:
     releases: list[int] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     states: dict[int, int] = field(default_factory=dict)  # row -> RowState
-    appends: dict[int, tuple[int, int]] = field(default_factory=dict)  # row -> (index, block)
+    appends: np.ndarray | None = None  # i32[k, 4], as in StepPlan.blocks
     chunks: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
@@ -86,6 +87,8 @@ class Scheduler:
         self.draining: dict[tuple[int, int], Request] = {}
         # Requests that want prompt logprobs: step that computes a chunk of theirs -> row -> request.
         self.scoring: dict[int, dict[int, Request]] = {}
+        # The request that last found blocks short, and how many were published, free and held by rows then.
+        self._short: tuple[Request, int, int, int] | None = None
         self._draft = Draft()
         self._prefilling: list[int] = []  # rows, in order of admission
         self._arrivals = 0
@@ -160,7 +163,6 @@ class Scheduler:
         draft = self._draft
         draft.releases.append(row)
         draft.states.pop(row, None)
-        draft.appends.pop(row, None)
 
     # ---------------------------------------------------------------------------------- planning
 
@@ -188,7 +190,7 @@ class Scheduler:
         """The next step, or None where nothing can run before a result or a message changes something."""
         if self.paused is PauseMode.KEEP:
             return None
-        decoding = self.rows.state == RowState.DECODE
+        decoding = self.rows.state == _DECODE
         preempted = self._grow(decoding)
         num_decodes = int(np.count_nonzero(decoding))
         budget = self.config.max_num_batched_tokens - num_decodes
@@ -210,16 +212,17 @@ class Scheduler:
         Clears preempted rows from `decoding`. Returns whether any was.
         """
         rows = self.rows
-        full = np.flatnonzero(decoding & (rows.computed >= rows.capacity))
+        full = (decoding & (rows.computed >= rows.capacity)).nonzero()[0]
         if not len(full):
             return False
         preempted = False
         if len(full) > self.pool.num_free:
             preempted = self._preempt_until_free(full, decoding)
             full = full[decoding[full]]
-        blocks = self.pool.allocate_many(len(full))
-        places = zip(rows.append_blocks(full, blocks), blocks, strict=True)
-        self._draft.appends.update(zip(full.tolist(), places, strict=True))
+            if not len(full):
+                return preempted
+        # Rows that decode are in this step's plan for certain, and so are their blocks.
+        self._draft.appends = rows.append_blocks(full, self.pool.allocate_many(len(full)))
         return preempted
 
     def _preempt_until_free(self, full: np.ndarray, decoding: np.ndarray) -> bool:
@@ -266,11 +269,28 @@ class Scheduler:
                 self.waiting.remove(request)
                 skipped.append(request)
                 continue
+            if self._is_still_short(request):
+                break
             if not self._occupy(request, now):
+                self._short = (request, *self._fit_now())
                 break
             budget -= self._add_chunk(request.row, budget)
         for request in skipped:
             self.waiting.push(request)
+
+    def _fit_now(self) -> tuple[int, int, int]:
+        return self.pool.num_published, self.pool.num_free, self.rows.num_running
+
+    def _is_still_short(self, request: Request) -> bool:
+        """Whether blocks were short for this request, and nothing has changed since in its favour.
+
+        Saves looking up its prefix again in every step that it waits.
+        """
+        if self._short is None or self._short[0] is not request:
+            return False
+        _, published_then, free_then, running_then = self._short
+        published, free, running = self._fit_now()
+        return published == published_then and free <= free_then and running >= running_then
 
     def _next_waiting(self) -> Request | None:
         if self.paused is PauseMode.WAIT:  # what had started and was preempted shall finish
@@ -383,10 +403,10 @@ class Scheduler:
 
     def _advance_decodes(self, decoding: np.ndarray) -> None:
         rows = self.rows
-        np.add(rows.computed, 1, out=rows.computed, where=decoding)
-        np.add(rows.planned, 1, out=rows.planned, where=decoding)
+        rows.computed += decoding
+        rows.planned += decoding
         # No step is planned that is known to pass the limit: the device will finish these at this step.
-        for row in np.flatnonzero(decoding & (rows.planned >= rows.limit)).tolist():
+        for row in (decoding & (rows.planned >= rows.limit)).nonzero()[0].tolist():
             self._draft.states[row] = RowState.HELD
             rows.state[row] = RowState.HELD
 
@@ -411,10 +431,9 @@ class Scheduler:
     def _build_plan(self, decoding: np.ndarray) -> StepPlan:
         """Take the draft. Columns without entries are absent."""
         draft, self._draft = self._draft, Draft()
-        max_len = int(np.max(self.rows.computed, where=decoding, initial=-1)) + 1
+        max_len = int(np.maximum.reduce(self.rows.computed, where=decoding, initial=-1)) + 1
         for _, start, length, _ in draft.chunks:
             max_len = max(max_len, start + length)
-        appends = [(0, row, index, block) for row, (index, block) in draft.appends.items()]
         return StepPlan(
             epoch=self.epoch,
             step=self.step,
@@ -422,7 +441,7 @@ class Scheduler:
             releases=_column(draft.releases),
             admissions=draft.admissions,
             states=_column(list(draft.states.items())),
-            blocks=_column(appends),
+            blocks=draft.appends,
             chunks=_column(draft.chunks),
             audit=self._audit() if self.config.audit else None,
         )
@@ -464,14 +483,17 @@ class Scheduler:
         waiting = {(r.frontend, r.handle) for r in self.waiting}
         assert not running & waiting, "a request runs and waits"
         assert running | waiting == self.requests.keys(), "a request is lost"
-        assert sorted(self._prefilling) == [r for r in live if rows.state[r] == RowState.PREFILL]
-        for row in live:
-            request = rows.requests[row]
-            assert request is not None and request.row == row, "row and request disagree"
-            assert rows.known[row] <= rows.planned[row] <= rows.limit[row], "counts out of order"
-            assert rows.computed[row] <= rows.capacity[row], "tokens without a block"
-            if rows.state[row] == RowState.DECODE:
-                assert rows.computed[row] == rows.planned[row] - 1, "a decoding row is not one token behind"
+        prefilling = np.flatnonzero(rows.state == int(RowState.PREFILL)).tolist()
+        assert sorted(self._prefilling) == prefilling, "a prompt is forgotten"
+        owners = {row: request for row, request in enumerate(rows.requests) if request is not None}
+        assert list(owners) == live and all(r.row == row for row, r in owners.items()), (
+            "rows and requests disagree"
+        )
+        known, planned, computed = rows.known[live], rows.planned[live], rows.computed[live]
+        assert (known <= planned).all() and (planned <= rows.limit[live]).all(), "counts out of order"
+        assert (computed <= rows.capacity[live]).all(), "tokens without a block"
+        behind = (planned - computed)[rows.state[live] == _DECODE]
+        assert (behind == 1).all(), "a decoding row is not one token behind"
 
 
 def _column(

@@ -1,7 +1,7 @@
 """The child's side of a process that Tercet starts: its configuration, its readiness, its parent's death.
 
-Call `adopt()` first of all, before heavy imports: from then on the process ends with its parent, whatever it
-is doing. The parent's side is `process.py`.
+Call `adopt()` (or `tie`) first of all, before heavy imports: from then on the process ends with its parent,
+whatever it is doing. The parent's side is `process.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import msgspec
 
@@ -46,23 +46,56 @@ Report = Progress | Ready | Failed
 class ChildProcess:
     """What a process knows of its parent."""
 
-    def __init__(self, config: bytes, life_fd: int, report_fd: int, death_signal: signal.Signals) -> None:
+    def __init__(self, config: bytes, life_fd: int, report_fd: int) -> None:
         self.config = config
         self.life_fd = life_fd
         self._report_fd = report_fd
-        self._death_signal = death_signal
         self._encoder = msgspec.json.Encoder()
         self._orphaned = False
         self._fault = False
         self._dismissed = threading.Event()  # by a parent that lives, or by its death
 
-    def is_orphaned(self) -> bool:
+    @classmethod
+    def from_arguments(cls) -> Self:
+        """What the parent passed on the command line. `tie` comes next.
+
+        Raises:
+            SystemExit: the process was not started by Tercet.
+        """
+        if len(sys.argv) != 2 or not sys.argv[1].startswith("--fds="):
+            raise SystemExit("this module is started by Tercet itself; see `tercet --help`")
+        config_fd, life_fd, report_fd = (int(fd) for fd in sys.argv[1].removeprefix("--fds=").split(","))
+        for fd in (life_fd, report_fd):
+            os.set_inheritable(fd, False)
+        with os.fdopen(config_fd, "rb") as file:
+            return cls(file.read(), life_fd, report_fd)
+
+    def tie(self, death_signal: signal.Signals) -> None:
+        """Tie this process's life to its parent's, twice.
+
+        A pipe's end-of-file says that the parent is gone: a thread watches it, sends this process `death_signal`
+        and ends it a second later. The kernel sends the same signal, should Python be stuck.
+
+        Args:
+            death_signal: SIGTERM lets the process leave in order. Until it installs a handler of its own, the
+                signal raises SystemExit in the main thread, from within this call already.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; Ctrl-C must not race with it
+        if death_signal == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, _leave)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal))
+        watch = threading.Thread(
+            target=self._watch_parent, args=(death_signal,), name="parent-watch", daemon=True
+        )
+        watch.start()
+
+    def is_orphaned(self, timeout_s: float = _ORPHAN_GRACE_S) -> bool:
         """Whether the parent is gone, so that nobody else will clean up after this process.
 
-        For a process that is leaving: it waits up to a second to know. The signal of a parent's death may come
+        For a process that is leaving: it waits, at most so long, to know. The signal of a parent's death may come
         before the end-of-file, since it is sent when the first of the parent's threads is gone.
         """
-        self._dismissed.wait(_ORPHAN_GRACE_S)
+        self._dismissed.wait(timeout_s)
         return self._orphaned
 
     def is_fault(self) -> bool:
@@ -77,43 +110,25 @@ class ChildProcess:
         except OSError:
             pass
 
-    def _watch_parent(self) -> None:
+    def _watch_parent(self, death_signal: signal.Signals) -> None:
         while word := os.read(self.life_fd, 1):  # the parent asks this process to leave
             self._fault |= word == LEAVE_AFTER_FAULT
             self._dismissed.set()
         self._orphaned = True
         self._dismissed.set()
-        os.kill(os.getpid(), self._death_signal)
+        os.kill(os.getpid(), death_signal)
         threading.Event().wait(_ORPHAN_GRACE_S)
         os._exit(_ORPHAN_EXIT_CODE)
 
 
-def adopt(death_signal: signal.Signals = signal.SIGKILL) -> ChildProcess:
-    """Take over what the parent passed, and tie this process's life to it.
-
-    Two ties: a pipe whose end-of-file says that the parent is gone (a thread watches it, sends this process
-    `death_signal` and ends it a second later), and the same signal from the kernel, should Python be stuck.
-
-    Args:
-        death_signal: SIGTERM lets the process leave in order: until it installs a handler of its own, the
-            signal raises SystemExit in the main thread, whatever that is importing.
+def adopt() -> ChildProcess:
+    """Take over what the parent passed, and die with it at once, whatever this process is doing.
 
     Raises:
         SystemExit: the process was not started by Tercet.
     """
-    if len(sys.argv) != 2 or not sys.argv[1].startswith("--fds="):
-        raise SystemExit("this module is started by Tercet itself; see `tercet --help`")
-    config_fd, life_fd, report_fd = (int(fd) for fd in sys.argv[1].removeprefix("--fds=").split(","))
-    if death_signal == signal.SIGTERM:
-        signal.signal(signal.SIGTERM, _leave)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; Ctrl-C must not race with it
-    with os.fdopen(config_fd, "rb") as file:
-        config = file.read()
-    for fd in (life_fd, report_fd):
-        os.set_inheritable(fd, False)
-    child = ChildProcess(config, life_fd, report_fd, death_signal)
-    threading.Thread(target=child._watch_parent, name="parent-watch", daemon=True).start()
+    child = ChildProcess.from_arguments()
+    child.tie(signal.SIGKILL)
     return child
 
 

@@ -27,7 +27,11 @@ import numpy as np
 from tercet.ipc.errors import WireError
 
 INLINE_BYTES: Final = 16 * 1024
-"""Largest array kept inside the MessagePack frame; `benchmarks/bench_codec.py` has the measurement."""
+"""Largest array kept inside the MessagePack frame.
+
+Round trip of an array between two processes, inline or as a frame (`benchmarks/bench_channel.py`, medians in µs
+on 2 cores): 4 KB 315 or 401, 16 KB 384 or 451, 32 KB 411 or 336, 64 KB 550 or 393, 256 KB 1122 or 684.
+"""
 
 MAX_FRAMES: Final = 256
 MAX_MESSAGE_BYTES: Final = 1 << 30  # of all frames together

@@ -21,6 +21,7 @@ import pytest
 from tercet.core_proc.block_pool import BlockPool
 from tercet.core_proc.results import apply_result
 from tercet.ipc.messages import AddRequest, Finish, PauseMode
+from tercet.worker_proc.simulated_runner import expected_tokens
 from tests.conftest import FULL
 from tests.core_proc import harness
 from tests.core_proc.harness import VOCAB_SIZE, Engine, Stream, make_config, make_request
@@ -90,7 +91,7 @@ def draw_request(rng: random.Random, handle: int, prompts: list[list[int]], max_
     outputs: list[int] = []
     if num_children == 1 and max_tokens > 1 and length < max_model_len - 2 and rng.random() < 0.2:
         count = rng.randint(1, min(max_tokens, max_model_len - length) - 1)
-        outputs = harness.expected_tokens(prompt, count, VOCAB_SIZE)
+        outputs = expected_tokens(prompt, count, VOCAB_SIZE)
     return make_request(
         prompt,
         handle=handle,
@@ -217,7 +218,7 @@ def converse() -> None:
     for length in range(1, 10):
         engine = Engine()
         prompt = list(range(1, 1 + length))
-        stop = harness.expected_tokens(prompt, 3, VOCAB_SIZE)[-1]
+        stop = expected_tokens(prompt, 3, VOCAB_SIZE)[-1]
         (first,) = engine.add(make_request(prompt, max_tokens=20, eos_token_ids=[stop]))
         engine.run(depth=2)
         engine.add(make_request([*prompt, *first.tokens, 7, 8], handle=2))

@@ -254,7 +254,8 @@ def pack(frames: Sequence[Buffer]) -> bytes:
 
 
 def unpack(data: bytes) -> list[Buffer]:
-    (count,), offset, frames = struct.unpack_from("<I", data), 4, []
+    frames: list[Buffer] = []
+    (count,), offset = struct.unpack_from("<I", data), 4
     for _ in range(count):
         (size,) = struct.unpack_from("<I", data, offset)
         frames.append(data[offset + 4 : offset + 4 + size])

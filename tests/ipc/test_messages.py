@@ -74,7 +74,7 @@ def test_examples_set_every_field_and_part() -> None:
 
 def _default(kind: type[msgspec.Struct], name: str) -> Any:
     field = next(field for field in msgspec.structs.fields(kind) if field.name == name)
-    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()  # type: ignore[misc]
+    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
 
 
 # ------------------------------------------------------------------------------------ growth

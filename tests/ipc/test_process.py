@@ -114,14 +114,14 @@ def test_a_child_that_ignores_sigterm_still_ends_with_its_parent(children: list[
 
 @pytest.mark.parametrize("fault", [False, True])
 def test_a_child_that_is_asked_to_leave_learns_why(children: list[Child], fault: bool) -> None:
-    child = start(children, "ready why", DEATH_SIGNAL=str(int(signal.SIGTERM)))
+    child = start(children, "ready-why", DEATH_SIGNAL=str(int(signal.SIGTERM)))
     reports_until(child, Ready)
     child.terminate(fault=fault)
     assert reports_until(child, Failed) == [Failed(f"orphaned=False fault={fault}")]
 
 
 def test_an_orphan_knows_that_it_is_one(children: list[Child]) -> None:
-    child = start(children, "ready why", DEATH_SIGNAL=str(int(signal.SIGTERM)))
+    child = start(children, "ready-why", DEATH_SIGNAL=str(int(signal.SIGTERM)))
     reports_until(child, Ready)
     os.close(child._life_w)
     child._life_w = os.open(os.devnull, os.O_WRONLY)

@@ -163,7 +163,12 @@ def test_stop_during_the_start_ends_it(supervise: Callable[..., Supervisor]) -> 
 def test_stop_from_on_death_does_not_deadlock(supervise: Callable[..., Supervisor]) -> None:
     supervisor = supervise("ready nap exit-3", "ready stuck")
     done = threading.Event()
-    supervisor.on_death = lambda _: (supervisor.stop(), done.set())[1]
+
+    def on_death(problem: str) -> None:
+        supervisor.stop()
+        done.set()
+
+    supervisor.on_death = on_death
     supervisor.start()
     assert done.wait(10.0)
 

@@ -44,12 +44,18 @@ class RunnerEngine:
         (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
         settings: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 256, "audit": True, **args}
         config = EngineArgs(
-            model=str(folder), load_format="dummy", device="cpu", num_gpu_blocks_override=num_blocks, **settings
+            model=str(folder),
+            load_format="dummy",
+            device="cpu",
+            num_gpu_blocks_override=num_blocks,
+            **settings,
         ).create_engine_config()
         torch.set_num_threads(1)
         model = load_model(resolve_model(str(folder)), device="cpu", load_format="dummy")
         caches = kv_memory.allocate(config, model, num_blocks, torch.float32)
-        process = ProcessConfig(engine=config, worker_address="", frontend_address="", runtime_dir="", epoch=1)
+        process = ProcessConfig(
+            engine=config, worker_address="", frontend_address="", runtime_dir="", epoch=1
+        )
         self.runner = ModelRunner(process, model, caches, ResultQueue())
         self.scheduler = Scheduler(
             config.scheduler,

@@ -15,7 +15,9 @@ from tercet.ipc.messages import AddRequest, Finish, Sampling
 from tests.worker_proc.runner_harness import VOCAB_SIZE, RunnerEngine
 
 
-def make_request(handle: int, prompt: list[int], *, outputs: list[int] | None = None, **sampling: Any) -> AddRequest:
+def make_request(
+    handle: int, prompt: list[int], *, outputs: list[int] | None = None, **sampling: Any
+) -> AddRequest:
     return AddRequest(
         epoch=1,
         handle=handle,
@@ -142,7 +144,9 @@ def count_calls(engine: RunnerEngine, steps: int) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "frequency_penalty": 1.0}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "frequency_penalty": 1.0}]
+)
 def test_calls_of_a_steady_step_do_not_grow_with_the_batch(tmp_path: Path, sampling: dict[str, Any]) -> None:
     found = {}
     for batch in (8, 256):

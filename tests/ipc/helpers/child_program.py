@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from tercet.ipc.child import ChildProcess, Failed, Progress, Ready, adopt
+from tercet.ipc.child import ChildProcess, Failed, Progress, Ready
 
 
 def _report_often(child: ChildProcess) -> None:
@@ -38,8 +38,9 @@ def _touch_at_sigterm(child: ChildProcess) -> None:
 
 
 def _say_why(child: ChildProcess) -> None:
-    """Wait for the signal to leave, and report what it knows of its reason."""
+    """Be ready, wait for the signal to leave, and report what is known of its reason."""
     try:
+        child.report(Ready())
         threading.Event().wait(20.0)
     except SystemExit:
         child.report(Failed(f"orphaned={child.is_orphaned()} fault={child.is_fault()}"))
@@ -57,17 +58,17 @@ _DO: dict[str, Callable[[ChildProcess], object]] = {
     "say-when-left": _touch_at_sigterm,
     "garbage": lambda child: os.write(child._report_fd, b"not json\n\xff\n{}\n"),
     "stuck": lambda child: threading.Event().wait(),
-    "why": _say_why,
+    "ready-why": _say_why,
     "nap": lambda child: time.sleep(0.3),
     "echo-config": lambda child: child.report(Failed(f"{len(child.config)} {os.environ.get('GREETING')}")),
 }
 
 
 def main() -> None:
-    death_signal = signal.Signals(int(os.environ.get("DEATH_SIGNAL", int(signal.SIGKILL))))
-    child = adopt(death_signal)
+    child = ChildProcess.from_arguments()
+    child.tie(signal.Signals(int(os.environ.get("DEATH_SIGNAL", int(signal.SIGKILL)))))
     for word in child.config.decode().split():
-        _DO.get(word, lambda child: None)(child)
+        _DO[word](child)
 
 
 if __name__ == "__main__":
