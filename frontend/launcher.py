@@ -14,7 +14,7 @@ import msgspec
 from tercet.config import EngineConfig, ProcessConfig
 from tercet.errors import StartupError
 from tercet.frontend.bundle_files import prepare_files
-from tercet.ipc.channel import check_address, is_serving
+from tercet.ipc.channel import check_address, is_serving, remove_dead_socket
 from tercet.ipc.child import Progress
 from tercet.ipc.errors import CannotStartError
 from tercet.ipc.process import ProcessSpec
@@ -56,6 +56,7 @@ class EngineProcesses:
         self._directory = RuntimeDir()
         self.address = address or self._directory.address("core")
         self._supervisor: Supervisor | None = None
+        self._started = False  # so that the address is ours to clean up
 
     @property
     def pids(self) -> dict[str, int]:
@@ -79,6 +80,7 @@ class EngineProcesses:
                 self._specs(engine), on_progress=self._on_progress, on_death=self._on_death
             )
             self._supervisor.start()
+            self._started = True
         except CannotStartError as error:
             self._directory.close()
             raise StartupError(str(error)) from None
@@ -91,6 +93,9 @@ class EngineProcesses:
         self.on_death = None
         if self._supervisor is not None:
             self._supervisor.stop(timeout_s)
+        if self._started:
+            self._started = False
+            remove_dead_socket(self.address)  # left by a core that was killed
         self._directory.close()
 
     def _specs(self, engine: EngineConfig) -> list[ProcessSpec]:

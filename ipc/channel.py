@@ -323,6 +323,12 @@ def is_serving(address: str) -> bool:
     return True
 
 
+def remove_dead_socket(address: str) -> None:
+    """Remove the socket file of an address if it is one and nobody listens there."""
+    if is_socket(address) and not is_serving(address):
+        socket_path(address).unlink(missing_ok=True)
+
+
 def _check_free(address: str) -> None:
     path = socket_path(address)
     if path.exists() and not is_socket(address):

@@ -319,7 +319,6 @@ class EngineArgs:
 class AsyncEngineArgs(EngineArgs):
     """`EngineArgs` of an `AsyncLLM`, whose requests draw their seeds at random where they have none."""
 
-
     enable_log_requests: bool = False
 
 

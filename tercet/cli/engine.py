@@ -63,7 +63,6 @@ def _serve(config: EngineConfig, address: str | None, signals: _Signals) -> str 
     """Why the engine ended: words where a process died, None where a signal asked for it."""
     from tercet.frontend.launcher import EngineProcesses
     from tercet.frontend.status_line import StatusLine
-    from tercet.ipc.channel import socket_path
 
     with StatusLine() as status:
         processes = EngineProcesses(config, address=address, progress=status.show)
@@ -78,7 +77,6 @@ def _serve(config: EngineConfig, address: str | None, signals: _Signals) -> str 
             return None
         finally:
             processes.stop()
-            socket_path(processes.address).unlink(missing_ok=True)  # left by a core that was killed
 
 
 class _Stopped(BaseException):
