@@ -78,6 +78,18 @@ def _convert(folder: Path) -> bytes:
     return done.stdout
 
 
+class Encoding(dict[str, Any]):
+    """`input_ids` and `attention_mask`, as keys and as attributes."""
+
+    @property
+    def input_ids(self) -> Any:
+        return self["input_ids"]
+
+    @property
+    def attention_mask(self) -> Any:
+        return self["attention_mask"]
+
+
 class Tokenizer:
     """A model's tokenizer. Safe to use from several threads at once.
 
@@ -118,6 +130,14 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise _bad_text(error) from None
         return [encoding.ids for encoding in encodings]
+
+    def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True) -> Encoding:
+        """Ids and mask of a text, or lists of them for several, as transformers' tokenizers give."""
+        if isinstance(text, str):
+            ids = self.encode(text, add_special_tokens)
+            return Encoding(input_ids=ids, attention_mask=[1] * len(ids))
+        batch = self.encode_batch(text, add_special_tokens)
+        return Encoding(input_ids=batch, attention_mask=[[1] * len(ids) for ids in batch])
 
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids, all at once. Ids that the vocabulary lacks have no text."""

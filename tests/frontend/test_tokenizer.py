@@ -244,3 +244,12 @@ def test_threads_may_share_a_tokenizer() -> None:
     alone = [tokenizer.encode(text) for text in texts]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(tokenizer.encode, texts)) == alone
+
+
+def test_call_gives_ids_and_mask_as_transformers_does(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    ours, theirs = Tokenizer(load_bundle(folder)), hugging_face(folder)
+    for text in (CORPUS[0], list(CORPUS[:3])):
+        found, expected = ours(text), theirs(text)
+        assert found.input_ids == found["input_ids"] == expected["input_ids"]
+        assert found.attention_mask == expected["attention_mask"]
