@@ -76,6 +76,7 @@ class AsyncLLM:
     """An engine whose requests are awaited. Make one with `from_engine_args` or `connect`.
 
     It belongs to the event loop of its first asynchronous call. Use it as `async with`, or call `shutdown`.
+    In a forked child it does nothing but raise EngineClosedError, and its end leaves the parent's engine alone.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class AsyncLLM:
         Raises:
             EngineError: the engine is gone, or this is not the event loop on which it was started.
         """
+        self._client.check_process()
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
@@ -194,6 +196,8 @@ class AsyncLLM:
         Args:
             timeout: seconds that the processes get to leave by themselves; None is 5.
         """
+        if self._client.is_forked:
+            return
         self._close_client()
         self._release.detach()
         if self._processes is not None:
@@ -202,6 +206,8 @@ class AsyncLLM:
 
     async def aclose(self) -> None:
         """As `shutdown()`, without holding up the event loop."""
+        if self._client.is_forked:
+            return
         self._close_client()
         # An executor of our own: the loop's default one would keep a thread after us.
         with ThreadPoolExecutor(1, thread_name_prefix="tercet-shutdown") as executor:
@@ -361,6 +367,7 @@ class AsyncLLM:
 
     def get_num_unfinished_requests(self) -> int:
         """Requests of this frontend that are not finished."""
+        self._client.check_process()
         return len(self._client.outputs.requests)
 
     # ---- the engine's state
@@ -419,6 +426,7 @@ class AsyncLLM:
         return self._client.address
 
     def _started(self) -> InputProcessor:
+        self._client.check_process()
         if self._processor is None:
             self._client.check()
             raise EngineError("the engine is not attached yet: `await engine.start()` first")
@@ -495,6 +503,7 @@ class AsyncLLM:
 
     async def is_paused(self) -> bool:
         """Whether this frontend has paused the engine."""
+        self._client.check_process()
         return self._paused
 
 
@@ -578,6 +587,8 @@ def _death_notice(engine: weakref.ref[AsyncLLM]) -> Callable[[str], None]:
 
 def _release(client: CoreClient, processes: EngineProcesses | None, pool: ThreadPoolExecutor) -> None:
     """What is left to do for an engine that was dropped, or is alive at exit, without `shutdown`."""
+    if client.is_forked:
+        return  # a child's exit, or its dropped copy: all of this is the parent's
     loop = client.loop
     if loop is not None and loop.is_running() and not _is_current(loop):
         loop.call_soon_threadsafe(client.close)

@@ -56,14 +56,23 @@ SILENT_HEARTBEATS: Final = 30
 MAX_UNSENT: Final = 65536  # aborts kept while the core does not read
 
 
+def forked_error() -> EngineClosedError:
+    """What a forked child gets from an engine object of its parent.
+
+    Threads, the event loop and the processes stayed with the parent; descriptors are shared with it.
+    """
+    return EngineClosedError("made in another process; connect anew with AsyncLLM.connect(address)")
+
+
 class CoreClient:
     """The connection. `connect` first; afterwards `dead_error` says whether it still holds.
+
+    It is closed to forked children: there `dead_error` says so, and nothing touches the parent's socket.
 
     Attributes:
         outputs: this frontend's requests.
         welcome: what the core said of itself; None before.
         on_stats: told the gauges and counters that the core sends by itself, once a heartbeat interval.
-        dead_error: why nothing more can be asked of the engine; None while it can.
         num_dropped: messages of another epoch, or out of place.
     """
 
@@ -72,8 +81,9 @@ class CoreClient:
         self.outputs = OutputProcessor(self._send_abort)
         self.welcome: Welcome | None = None
         self.on_stats: Callable[[Stats], None] | None = None
-        self.dead_error: EngineError | None = None
         self.num_dropped = 0
+        self._pid = os.getpid()
+        self._dead_error: EngineError | None = None
         self._end: AsyncDealerEnd[CoreToFrontend] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._epoch = -1
@@ -88,6 +98,16 @@ class CoreClient:
 
     # ---- the connection's life
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child process that inherited the connection."""
+        return os.getpid() != self._pid
+
+    @property
+    def dead_error(self) -> EngineError | None:
+        """Why nothing more can be asked of the engine; None while it can."""
+        return forked_error() if self.is_forked else self._dead_error
+
     async def connect(self, name: str, timeout_s: float, watch_process: bool) -> Welcome:
         """Attach to the core.
 
@@ -101,6 +121,7 @@ class CoreClient:
             ConfigError: no engine listens there.
             EngineError: it does not answer, or speaks another protocol.
         """
+        self.check_process()
         if not is_socket(self.address):
             problem = f"no engine listens at {self.address}; start one with `tercet engine --address`"
             raise ConfigError("address", problem)
@@ -139,7 +160,7 @@ class CoreClient:
             self._end_with(EngineDeadError(f"the engine has died: {reason}"))
 
     def _end_with(self, error: EngineError) -> None:
-        self.dead_error = error
+        self._dead_error = error
         if self._timer is not None:
             self._timer.cancel()
         self._unwatch_process()
@@ -157,9 +178,14 @@ class CoreClient:
 
     def check(self) -> None:
         """Raises EngineDeadError or EngineClosedError if the engine is gone."""
-        if self.dead_error is not None:
+        if (error := self.dead_error) is not None:
             # Anew, lest every raise lengthen the traceback of one shared object.
-            raise type(self.dead_error)(*self.dead_error.args)
+            raise type(error)(*error.args)
+
+    def check_process(self) -> None:
+        """Raises EngineClosedError in a forked child."""
+        if self.is_forked:
+            raise forked_error()
 
     @property
     def epoch(self) -> int:

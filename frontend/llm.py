@@ -10,18 +10,20 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import difflib
+import os
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 import msgspec
 
-from tercet.config import EngineArgs
+from tercet.config import NEUTRAL, EngineArgs, is_neutral
 from tercet.errors import ConfigError, EngineClosedError, ValidationError
 from tercet.frontend.async_llm import AsyncLLM, NewRequest
 from tercet.frontend.beam_search import BeamSearchOutput, beam_search
+from tercet.frontend.client import forked_error
 from tercet.frontend.input_processor import derive_child_seed
 from tercet.frontend.inputs import PromptType, as_prompts
 from tercet.frontend.metrics import Metric
@@ -50,7 +52,8 @@ class LLM:
     Args:
         model: a directory in Hugging Face form, a .gguf file, a hub id, or None for the default model.
         chat_template: Jinja source, or name of one of the model's templates, for `chat`.
-        engine_args: any other argument of `EngineArgs`, by name.
+        engine_args: any other argument of `EngineArgs`, by name. Those of vLLM's that are not among them are
+            accepted at values that change nothing, see `tercet.config.NEUTRAL`.
 
     Raises:
         ConfigError: an argument cannot work, or there is none of that name.
@@ -94,6 +97,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: UseTqdm = True,
+        lora_request: None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts; outputs come in the order of the prompts.
@@ -103,6 +107,7 @@ class LLM:
             sampling_params: for all, or one for each; None takes the model's defaults. Their `output_kind`
                 is ignored: every output is final.
             use_tqdm: show a progress bar; or the class (or function) that makes one.
+            lora_request: for callers that name it; only None is supported yet.
             priority: for all, or one for each; lower runs earlier, with scheduling_policy='priority'.
 
         Raises:
@@ -111,6 +116,7 @@ class LLM:
             RequestError: a request failed.
             EngineDeadError, EngineClosedError: there is no engine any more.
         """
+        _check_only("lora_request", lora_request, None)
         many = as_prompts(prompts)
         requests = self._pair(many, sampling_params, priority)
         return self._generate(requests, use_tqdm, add_special_tokens=True)
@@ -119,10 +125,12 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        *,
         priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
+        chat_template_content_format: Literal["auto"] = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -134,6 +142,7 @@ class LLM:
 
         Args:
             chat_template: Jinja source, or name of one of the model's; None is the LLM's, then the model's.
+            chat_template_content_format: for callers that name it; only 'auto' is supported yet.
             add_generation_prompt: end the prompt where the assistant's answer begins.
             continue_final_message: let the model go on in the last message instead.
             tools: descriptions of functions, for templates that show them.
@@ -142,6 +151,8 @@ class LLM:
         Raises:
             ValidationError: also where the template refuses the conversation.
         """
+        _check_only("lora_request", lora_request, None)
+        _check_only("chat_template_content_format", chat_template_content_format, "auto")
         if not isinstance(messages, (list, tuple)):
             raise ValidationError("messages", f"must be a list of messages; got {shown(messages)}")
         conversations: Sequence[Any] = (
@@ -239,7 +250,10 @@ class LLM:
         return self._thread.run(self._engine.get_metrics())
 
     def shutdown(self) -> None:
-        """Abort what is unfinished and end the engine's processes. Idempotent; `with` and exit do it too."""
+        """Abort what is unfinished and end the engine's processes. Idempotent; `with` and exit do it too.
+
+        In a forked child it does nothing: the engine is the parent's.
+        """
         self._finalizer()
 
     close = shutdown
@@ -257,9 +271,10 @@ class LLM:
 
 
 class _LoopThread:
-    """An event loop in a thread of its own."""
+    """An event loop in a thread of its own; a forked child has neither."""
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         # A daemon: at exit Python waits for other threads before it runs the finalizer that ends this one.
         self._thread = threading.Thread(target=self._serve, name="tercet-llm", daemon=True)
@@ -267,6 +282,9 @@ class _LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for it; an interrupt (Ctrl-C) here cancels it there."""
+        if os.getpid() != self._pid:
+            coroutine.close()
+            raise forked_error()
         if not self._thread.is_alive():
             coroutine.close()
             raise EngineClosedError("the engine was shut down on this side")
@@ -291,7 +309,7 @@ class _LoopThread:
             self._loop.close()
 
     def stop(self) -> None:
-        if self._thread.is_alive():
+        if os.getpid() == self._pid and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             if threading.current_thread() is not self._thread:
                 self._thread.join()
@@ -371,12 +389,19 @@ async def _beam_search_all(
 
 def _engine_args(model: str | None, engine_args: Mapping[str, Any]) -> EngineArgs:
     known = [field.name for field in dataclasses.fields(EngineArgs)]
-    for name in engine_args:
+    given = {name: value for name, value in engine_args.items() if not is_neutral(name, value)}
+    for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, [*known, *NEUTRAL], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(name, f"is no engine argument{hint}")
-    return EngineArgs(model=model, **engine_args)
+    return EngineArgs(model=model, **given)
+
+
+def _check_only(field: str, value: object, supported: str | None) -> None:
+    """Refuse an argument of vLLM's whose other values Tercet does not serve."""
+    if value is not supported and not (isinstance(value, str) and value == supported):
+        raise ValidationError(field, f"{shown(value)} is not supported yet; leave it out")
 
 
 def _one_for_each(field: str, value: T | Sequence[T], count: int) -> list[T]:

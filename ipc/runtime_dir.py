@@ -31,14 +31,15 @@ class RuntimeDir:
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         unnamed.rename(self.path)
         self._closed = False
+        self._pid = os.getpid()
 
     def address(self, name: str) -> str:
         """The ipc:// address of a socket in it."""
         return f"ipc://{self.path / name}"
 
     def close(self) -> None:
-        """Remove the directory. Idempotent."""
-        if not self._closed:
+        """Remove the directory. Idempotent; a forked child leaves it to its parent."""
+        if not self._closed and os.getpid() == self._pid:
             self._closed = True
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock_fd)

@@ -38,6 +38,7 @@ class Supervisor:
             on_death: called from this thread, once, with words, when a child died after the start.
             ready_timeout_s: without any report for so long, the start has failed.
         """
+        self._pid = os.getpid()
         self._specs = specs
         self._on_progress = on_progress
         self.on_death = on_death
@@ -74,7 +75,12 @@ class Supervisor:
             raise self._error
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Stop the children: SIGTERM in order, SIGKILL for whoever is there after `timeout_s`. Idempotent."""
+        """Stop the children: SIGTERM in order, SIGKILL for whoever is there after `timeout_s`. Idempotent.
+
+        Does nothing in a forked child, which has the pipe that wakes the thread but not the thread.
+        """
+        if os.getpid() != self._pid:
+            return
         self._stop_timeout_s = timeout_s
         with self._wake_lock:
             if self._wake is not None:
