@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from tercet.errors import ConfigError
+from tercet.errors import ConfigError, UnsupportedModelError
 
 DEVICES = ("auto", "cpu", "cuda", "simulated")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
@@ -28,6 +31,67 @@ DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_CPU_BATCHED_TOKENS = 2048
 DEFAULT_CUDA_BATCHED_TOKENS = 8192
 MAX_BLOCK_SIZE = 512
+MAX_NUM_SEQS = 65536
+MAX_TABLE_BYTES = 8 << 30  # of the core's token history and block table, a row for each sequence
+
+# Arguments of vLLM's that Tercet does not have -> the values that ask for nothing which it does not do.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "allowed_local_media_path": ("", None),
+    "code_revision": (None,),
+    "compilation_config": (None, {}),
+    "config_format": ("auto", "hf"),
+    "convert": ("auto", "none"),
+    "cpu_offload_gb": (0,),
+    "data_parallel_size": (1,),
+    "decode_context_parallel_size": (1,),
+    "disable_custom_all_reduce": (False,),
+    "disable_sliding_window": (False,),
+    "distributed_executor_backend": (None,),
+    "download_dir": (None,),
+    "enable_chunked_prefill": (True, None),
+    "enable_expert_parallel": (False,),
+    "enable_lora": (False,),
+    "enable_prompt_embeds": (False,),
+    "enable_sleep_mode": (False,),
+    "hf_config_path": (None,),
+    "hf_token": (None,),
+    "kv_cache_dtype": ("auto",),
+    "kv_transfer_config": (None,),
+    "limit_mm_per_prompt": (None, {}),
+    "logits_processors": (None,),
+    "max_seq_len_to_capture": (None,),
+    "mm_processor_kwargs": (None, {}),
+    "model_loader_extra_config": (None, {}),
+    "pipeline_parallel_size": (1,),
+    "quantization": (None,),
+    "runner": ("auto", "generate"),
+    "speculative_config": (None,),
+    "swap_space": (4, None),
+    "task": ("auto", "generate", None),
+    "tokenizer_mode": ("auto",),
+    "tokenizer_revision": (None,),
+    "trust_remote_code": (False,),
+}
+
+_BOOLS = (
+    "skip_tokenizer_init",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "async_scheduling",
+    "disable_log_stats",
+    "audit",
+)
+
+# Sampling defaults: name -> type, lowest, highest. Zero is not allowed where it would mean nothing.
+_SAMPLING: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 2),
+    "top_p": (float, 0, 1),
+    "top_k": (int, -1, 2**31 - 1),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 0, math.inf),
+    "max_new_tokens": (int, 1, 2**31 - 1),
+}
+_NOT_ZERO = ("top_p", "repetition_penalty")
 
 
 class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +235,7 @@ class EngineArgs:
         Raises:
             ConfigError: an argument has a value that cannot work; names it and the fix.
             ModelNotFoundError: no model files where `model` points.
+            UnsupportedModelError: the model is none that Tercet runs, or an entry of its config is wrong.
         """
         self._check()
         device = self._resolve_device()
@@ -198,89 +263,131 @@ class EngineArgs:
         )
 
     def _check(self) -> None:
+        for name in _BOOLS:
+            _boolean(name, getattr(self, name))
+        for name in ("model", "tokenizer", "revision"):
+            _text(name, getattr(self, name))
         _one_of("device", self.device, DEVICES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("scheduling_policy", self.scheduling_policy, POLICIES)
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
-        _between("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
-        _between("seed", self.seed, 0, 2**63 - 1)
-        _between("max_logprobs", self.max_logprobs, 0, 2**31 - 1)
-        _between("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, 2**31 - 1)
-        _between("max_long_partial_prefills", self.max_long_partial_prefills, 0, 2**31 - 1)
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "num_threads",
-            "max_num_queued_reqs",
-        ):
-            _between(name, getattr(self, name), 1, 2**31 - 1)
-        _between("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**62)
-        _between("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, 2**31 - 1)
-        if not 0 < self.gpu_memory_utilization <= 1:
+        self._check_numbers()
+        _served_names(self.served_model_name)
+        _json_object("hf_overrides", self.hf_overrides)
+        _json_object("override_generation_config", self.override_generation_config)
+        for name, value in self.override_generation_config.items():
+            _sampling_default(name, value)
+        self._check_simulation()
+
+    def _check_numbers(self) -> None:
+        _integer("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        _integer("max_logprobs", self.max_logprobs, 0, 2**31 - 1)
+        _integer("long_prefill_token_threshold", self.long_prefill_token_threshold, 0, 2**31 - 1)
+        _integer("max_long_partial_prefills", self.max_long_partial_prefills, 0, 2**31 - 1)
+        _integer("tensor_parallel_size", self.tensor_parallel_size, 1, 2**31 - 1)
+        _optional_integer("seed", self.seed, 0, 2**63 - 1)
+        for name in ("max_model_len", "max_num_batched_tokens", "num_threads", "max_num_queued_reqs"):
+            _optional_integer(name, getattr(self, name), 1, 2**31 - 1)
+        _optional_integer("max_num_seqs", self.max_num_seqs, 1, MAX_NUM_SEQS)
+        _optional_integer("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**62)
+        _optional_integer("num_gpu_blocks_override", self.num_gpu_blocks_override, 2, 2**31 - 1)
+        if not _is_number(self.gpu_memory_utilization) or not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
-                "gpu_memory_utilization", f"must be in (0, 1]; got {self.gpu_memory_utilization}"
+                "gpu_memory_utilization",
+                f"must be in (0, 1], a number such as 0.92; got {self.gpu_memory_utilization!r:.80}",
             )
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 "tensor_parallel_size", f"only 1 is supported yet; got {self.tensor_parallel_size}"
             )
-        if self.simulation is not None and self.device != "simulated":
+
+    def _check_simulation(self) -> None:
+        simulation = self.simulation
+        if simulation is None:
+            return
+        if not isinstance(simulation, SimulationConfig):
+            raise ConfigError("simulation", f"must be a SimulationConfig or None; got {simulation!r:.80}")
+        if self.device != "simulated":
             raise ConfigError("simulation", "goes with device='simulated' only")
+        for name in ("step_us", "token_us"):
+            value = getattr(simulation, name)
+            if not _is_number(value) or value < 0:
+                raise ConfigError(f"simulation.{name}", f"must be microseconds, 0 or more; got {value!r:.80}")
+        _integer("simulation.num_blocks", simulation.num_blocks, 2, 2**31 - 1)
+        _boolean("simulation.verify", simulation.verify)
 
     def _resolve_device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return (
-            "cuda" if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists() else "cpu"
-        )
+        if self.device == "auto":
+            return "cpu" if _problem_with_cuda() else "cuda"
+        if self.device == "cuda" and (problem := _problem_with_cuda()):
+            raise ConfigError("device", f"'cuda' cannot be used: {problem}; or choose device='cpu'")
+        return self.device
 
     def _model_config(self, device: str) -> ModelConfig:
         if device == "simulated":
             return self._simulated_model()
-        from tercet.model_source import resolve_model
+        from tercet import model_source
 
-        source = resolve_model(self.model, revision=self.revision)
+        source = model_source.resolve_model(self.model, revision=self.revision)
         hf = {**source.config, **self.hf_overrides}
-        text = hf.get("text_config") or hf
-        derived = int(text.get("max_position_embeddings") or 2048)
-        generation = {} if self.generation_config == "vllm" else dict(source.generation_config)
-        generation.update(self.override_generation_config)
-        name = self.served_model_name or self.model or source.name
+        architecture = model_source.architecture_of(hf)
+        text = model_source.text_config_of(hf)
+        derived = model_source.count_of(text, "max_position_embeddings", default=2048)
+        vocab_size = model_source.count_of(text, "vocab_size")
         return ModelConfig(
             model=self.model or source.name,
             path=str(source.path),
             kind=source.kind,
-            served_model_name=[name] if isinstance(name, str) else list(name),
-            architecture=(hf.get("architectures") or ["unknown"])[0],
+            served_model_name=self._names(source.name),
+            architecture=architecture,
             hf_config=json.dumps(hf),
-            vocab_size=int(text["vocab_size"]),
+            vocab_size=vocab_size,
             max_model_len=self._max_model_len(derived),
             dtype=_canonical_dtype(self.dtype),
             load_format=self.load_format,
-            eos_token_ids=_eos_token_ids(hf, source.generation_config),
-            default_sampling=_default_sampling(generation),
+            eos_token_ids=model_source.eos_token_ids_of(hf, source.generation_config, vocab_size),
+            default_sampling=self._default_sampling(source.generation_config),
             fingerprint=source.fingerprint(),
             revision=self.revision,
         )
 
     def _simulated_model(self) -> ModelConfig:
-        vocab_size = int(self.hf_overrides.get("vocab_size", 49152))
+        vocab_size = self.hf_overrides.get("vocab_size", 49152)
+        _integer("hf_overrides['vocab_size']", vocab_size, 1, 2**31 - 1)
+        eos_token_id = self.hf_overrides.get("eos_token_id", 0)
+        _integer("hf_overrides['eos_token_id']", eos_token_id, 0, vocab_size - 1)
         return ModelConfig(
             model=self.model or "simulated",
             path="",
             kind="simulated",
-            served_model_name=["simulated"],
+            served_model_name=["simulated"] if self.served_model_name is None else self._names("simulated"),
             architecture="Simulated",
             hf_config=json.dumps(self.hf_overrides),
             vocab_size=vocab_size,
             max_model_len=self._max_model_len(2**31 - 1 if self.max_model_len else 8192),
             dtype="float32",
             load_format="dummy",
-            eos_token_ids=[int(self.hf_overrides.get("eos_token_id", 0))],
+            eos_token_ids=[eos_token_id],
             default_sampling={},
         )
+
+    def _names(self, default: str) -> list[str]:
+        names = self.served_model_name or self.model or default
+        return [names] if isinstance(names, str) else list(names)
+
+    def _default_sampling(self, generation_config: Mapping[str, Any]) -> dict[str, float | int]:
+        own = {} if self.generation_config == "vllm" else generation_config
+        found = {name: own[name] for name in _SAMPLING if own.get(name) is not None}
+        found.update(self.override_generation_config)
+        for name, value in found.items():
+            if problem := _problem_with_sampling(name, value):
+                fix = "override the entry with override_generation_config, or give generation_config='vllm'"
+                raise UnsupportedModelError(f"generation_config.json: {name} {problem}; {fix}")
+        found = {name: value for name, value in found.items() if value is not None}
+        if "max_new_tokens" in found:
+            found["max_tokens"] = found.pop("max_new_tokens")
+        return found
 
     def _max_model_len(self, derived: int) -> int:
         if self.max_model_len is None:
@@ -301,6 +408,7 @@ class EngineArgs:
             raise ConfigError(
                 "max_num_batched_tokens", f"{tokens} cannot hold one token of every sequence; {fix}"
             )
+        _check_table_size(max_num_seqs, model.max_model_len, self.block_size)
         return SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
@@ -321,6 +429,25 @@ class AsyncEngineArgs(EngineArgs):
 
     enable_log_requests: bool = False
 
+    def _check(self) -> None:
+        super()._check()
+        _boolean("enable_log_requests", self.enable_log_requests)
+
+
+def is_neutral(name: str, value: object) -> bool:
+    """Whether `name` is an argument of vLLM's that Tercet does not have, at a value that changes nothing.
+
+    Raises:
+        ConfigError: it is such an argument, but asks for something that is not supported yet.
+    """
+    if name not in NEUTRAL:
+        return False
+    for allowed in NEUTRAL[name]:
+        if isinstance(value, bool) == isinstance(allowed, bool) and value == allowed:
+            return True
+    choices = " or ".join(map(repr, NEUTRAL[name]))
+    raise ConfigError(name, f"{value!r:.80} is not supported yet; leave it out, or give {choices}")
+
 
 def default_num_threads() -> int:
     """CPU threads for the model: every core that this process may use."""
@@ -331,30 +458,106 @@ def _canonical_dtype(dtype: str) -> str:
     return {"half": "float16", "float": "float32"}.get(dtype, dtype)
 
 
-def _eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any]) -> list[int]:
-    ids: list[int] = []
-    for source in (config.get("eos_token_id"), generation_config.get("eos_token_id")):
-        for token_id in source if isinstance(source, list) else [source]:
-            if token_id is not None and int(token_id) not in ids:
-                ids.append(int(token_id))
-    return ids
+def _problem_with_cuda() -> str:
+    """Why a GPU cannot be used, with the fix; empty if nothing speaks against it. Does not load torch."""
+    driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()  # dxg: WSL
+    if not driver and not any(Path("/dev").glob("nvidia[0-9]*")):
+        return "there is no NVIDIA driver or device on this machine (check that nvidia-smi works)"
+    try:
+        torch_version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "torch is not installed; install a build of it for CUDA"
+    if torch_version.endswith("+cpu"):
+        return f"torch {torch_version} is a build for CPUs; install one for CUDA"
+    return ""
 
 
-def _default_sampling(generation: dict[str, Any]) -> dict[str, float | int]:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-    found = {name: generation[name] for name in names if generation.get(name) is not None}
-    if "max_new_tokens" in found:
-        found["max_tokens"] = found.pop("max_new_tokens")
-    return found
+def _check_table_size(max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    """Refuse tables that the core could not allocate: int32 of each token and each block of every row."""
+    row_bytes = 4 * (max_model_len + 1 + -(-max_model_len // block_size) + 1)
+    if max_num_seqs * row_bytes <= MAX_TABLE_BYTES:
+        return
+    size = f"{max_num_seqs * row_bytes / 2**30:.1f} GiB, over the limit of {MAX_TABLE_BYTES >> 30} GiB"
+    fit = MAX_TABLE_BYTES // row_bytes
+    fix = f"lower max_num_seqs to at most {fit}, or lower max_model_len" if fit else "lower max_model_len"
+    field = "max_num_seqs" if fit else "max_model_len"
+    raise ConfigError(
+        field,
+        f"tables for max_num_seqs ({max_num_seqs}) × max_model_len ({max_model_len}) take {size}; {fix}",
+    )
+
+
+def _sampling_default(name: str, value: object) -> None:
+    if name not in _SAMPLING:
+        known = ", ".join(_SAMPLING)
+        raise ConfigError("override_generation_config", f"has no entry {name!r:.80}; there are: {known}")
+    if problem := _problem_with_sampling(name, value):
+        raise ConfigError("override_generation_config", f"{name} {problem}")
+
+
+def _problem_with_sampling(name: str, value: object) -> str:
+    """What is wrong with a sampling default; empty if nothing is. None takes a model's default away."""
+    kind, low, high = _SAMPLING[name]
+    right_type = type(value) is int if kind is int else _is_number(value)
+    if value is None or (right_type and low <= value <= high and (value or name not in _NOT_ZERO)):  # type: ignore[operator]
+        return ""
+    what = "a whole number" if kind is int else "a number"
+    opening = "(" if name in _NOT_ZERO else "["
+    limits = f"of {low:g} or more" if high >= 2**31 - 1 else f"in {opening}{low:g}, {high:g}]"
+    if high == math.inf:
+        limits = f"above {low:g}"
+    return f"must be {what} {limits}; got {value!r:.80}"
+
+
+def _served_names(value: object) -> None:
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    if value == [] or not all(isinstance(name, str) for name in names):
+        problem = "must be a name or a list of names; None is the model argument"
+        raise ConfigError("served_model_name", f"{problem}; got {value!r:.80}")
+    for name in names:
+        _text("served_model_name", name)
+
+
+def _json_object(name: str, value: object) -> None:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(name, f"must be a dict with strings as keys; got {value!r:.80}")
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(name, f"must hold only what JSON can express ({error})") from None
+
+
+def _text(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise ConfigError(name, f"must be a string or None; got {value!r:.80} ({type(value).__name__})")
+    if not value:
+        raise ConfigError(name, "must not be empty; leave it out for the default")
+    if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+        raise ConfigError(name, f"must be text without NUL or lone surrogates; got {value!r:.80}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(name, f"must be one of {', '.join(allowed)}; got {value!r}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(name, f"must be one of {', '.join(allowed)}; got {value!r:.80}")
 
 
-def _between(name: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high
-    ):
-        raise ConfigError(name, f"must be an integer in [{low}, {high}]; got {value!r}")
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(name, f"must be True or False; got {value!r:.80}")
+
+
+def _is_number(value: object) -> bool:
+    """A finite int or float, and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _optional_integer(name: str, value: object, low: int, high: int) -> None:
+    if value is not None:
+        _integer(name, value, low, high)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(name, f"must be an integer in [{low}, {high}]; got {value!r:.80}")

