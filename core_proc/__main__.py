@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from tercet.ipc import runtime_dir
 from tercet.ipc.child import ChildProcess
 
 _FAULT_WAIT_S = 0.3
@@ -15,6 +16,7 @@ _FAULT_WAIT_S = 0.3
 
 def run(child: ChildProcess) -> int:
     """Run the core; returns the exit code."""
+    child.last_act = lambda: _remove_directory(child)
     try:
         # SIGTERM, not SIGKILL: this process removes the socket files of an engine whose parent was killed.
         child.tie(signal.SIGTERM)
@@ -30,11 +32,8 @@ def run(child: ChildProcess) -> int:
 
 
 def _remove_directory(child: ChildProcess) -> None:
-    from tercet.config import ProcessConfig
-    from tercet.ipc import runtime_dir
-
-    config = msgspec.msgpack.decode(child.config, type=ProcessConfig)
-    runtime_dir.remove(Path(config.runtime_dir))
+    """Needs no module that may be half imported when the parent dies."""
+    runtime_dir.remove(Path(msgspec.msgpack.decode(child.config)["runtime_dir"]))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import NoReturn, Self
 
 import msgspec
@@ -54,6 +55,7 @@ class ChildProcess:
         self._orphaned = False
         self._fault = False
         self._dismissed = threading.Event()  # by a parent that lives, or by its death
+        self.last_act: Callable[[], None] | None = None  # of an orphan that did not leave in order in time
 
     @classmethod
     def from_arguments(cls) -> Self:
@@ -83,11 +85,12 @@ class ChildProcess:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; Ctrl-C must not race with it
         if death_signal == signal.SIGTERM:
             signal.signal(signal.SIGTERM, _leave)
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal))
         watch = threading.Thread(
             target=self._watch_parent, args=(death_signal,), name="parent-watch", daemon=True
         )
         watch.start()
+        # After the thread: whoever is told by this signal must be able to ask whether the parent is gone.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal))
 
     def is_orphaned(self, timeout_s: float = _ORPHAN_GRACE_S) -> bool:
         """Whether the parent is gone, so that nobody else will clean up after this process.
@@ -118,7 +121,11 @@ class ChildProcess:
         self._dismissed.set()
         os.kill(os.getpid(), death_signal)
         threading.Event().wait(_ORPHAN_GRACE_S)
-        os._exit(_ORPHAN_EXIT_CODE)
+        try:
+            if self.last_act is not None:
+                self.last_act()
+        finally:
+            os._exit(_ORPHAN_EXIT_CODE)
 
 
 def adopt() -> ChildProcess:
