@@ -600,8 +600,8 @@ def test_a_failed_send_keeps_the_arrivals_it_found(loop: str, address: str) -> N
             for number in range(200):
                 router.send(peer, beat(number))
                 time.sleep(0.001)  # noqa: ASYNC251  (the loop shall not see the arrival before the send below)
-                with pytest.raises(PeerBusyError):
-                    dealer.send(beat(0))
+                # Its last send fails; one or two before may find room that the kernel has made meanwhile.
+                send_until_busy(dealer.send)
                 async with asyncio.timeout(TIMEOUT_S):
                     assert (await answers.get()).epoch == number
 
