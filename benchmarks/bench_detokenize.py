@@ -36,10 +36,10 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(load_bundle(smollm2_gguf()))
 
 
-def _tokens(token_ids: list[int], stream: int) -> Iterator[tuple[int]]:
+def _tokens(token_ids: list[int], stream: int) -> Iterator[int]:
     """The text over and over, each stream at another place of it."""
     start = stream * 7 % len(token_ids)
-    return ((token_id,) for token_id in itertools.cycle(token_ids[start:] + token_ids[:start]))
+    return itertools.cycle(token_ids[start:] + token_ids[:start])
 
 
 def _report_per_token(benchmark: BenchmarkFixture, tokens_per_round: int) -> None:
@@ -57,15 +57,15 @@ def test_one_token_to_each_stream(
     prompt = tokenizer.encode(TEXT)
     factory = DetokenizerFactory(tokenizer)
 
-    def setup() -> tuple[tuple[list[OutputText], list[list[tuple[int]]]], dict[str, object]]:
+    def setup() -> tuple[tuple[list[OutputText], list[list[int]]], dict[str, object]]:
         outputs = [OutputText(factory.create(prompt_token_ids=prompt), stop) for _ in range(NUM_STREAMS)]
         streams = [_tokens(prompt, stream) for stream in range(NUM_STREAMS)]
         return (outputs, [[next(tokens) for tokens in streams] for _ in range(STEPS_PER_ROUND)]), {}
 
-    def run(outputs: list[OutputText], steps: list[list[tuple[int]]]) -> None:
+    def run(outputs: list[OutputText], steps: list[list[int]]) -> None:
         for step in steps:
-            for output, token_ids in zip(outputs, step, strict=True):
-                output.push(token_ids)
+            for output, token_id in zip(outputs, step, strict=True):
+                output.push_token(token_id)
 
     benchmark.pedantic(run, setup=setup, rounds=30, warmup_rounds=3)  # type: ignore[no-untyped-call]
     _report_per_token(benchmark, NUM_STREAMS * STEPS_PER_ROUND)

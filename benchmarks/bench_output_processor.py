@@ -1,8 +1,8 @@
-"""What a streamed token costs a frontend: one step of 256 requests, from StepOutputs to their consumers.
+"""What a streamed token costs a frontend: one step of its requests, from StepOutputs to their consumers.
 
-Per mode the whole way: the message's columns are applied, 256 consumer tasks wake on an event loop and each
-fetches its RequestOutput. Decoding the message from its frames is `bench_codec.py`'s. `extra_info` has µs per
-token; the event loop alone (a future resolved, a task woken) takes about half. Run: `make bench`.
+Per mode the whole way: the message's columns are applied, the consumer tasks (`async for`) wake on an event loop
+and each fetches its RequestOutput. Decoding the message from its frames is `bench_codec.py`'s. `extra_info` has
+µs per token; waking a task and letting it wait again takes about a third. Run: `make bench`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tercet.frontend.tokenizer_bundle import TokenizerBundle
 from tercet.ipc.messages import Limits, ModelInfo, StepOutputs
 
 NUM_REQUESTS = 256
+GROWTH = [8, 64, 256, 1024]  # requests: µs per token must not rise with them
 STEPS_PER_ROUND = 20
 
 MODES: dict[str, dict[str, Any]] = {
@@ -54,7 +55,8 @@ def make_tokenizer() -> Tokenizer:
 class Bench:
     """Requests in steady decode, and a consumer for each."""
 
-    def __init__(self, mode: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, mode: str, loop: asyncio.AbstractEventLoop, num_requests: int) -> None:
+        self.num_requests = num_requests
         tokenizer = make_tokenizer()
         self.vocab_size = len(tokenizer)
         model = ModelInfo(
@@ -67,7 +69,7 @@ class Bench:
             eos_token_ids=[],
         )
         limits = Limits(
-            max_num_seqs=NUM_REQUESTS,
+            max_num_seqs=num_requests,
             max_num_batched_tokens=8192,
             max_waiting=4096,
             max_logprobs=20,
@@ -84,7 +86,7 @@ class Bench:
         params = SamplingParams(max_tokens=None, **fields)
         handles = []
         self.tasks = []
-        for i in range(NUM_REQUESTS):
+        for i in range(num_requests):
             prepared = inputs.prepare(parse_prompt([65, 66, 67]), params, arrival_s=0.0)
             request = self.outputs.open(str(i), params, 0.0)
             handles.append(self.outputs.admit(request, prepared))
@@ -92,8 +94,7 @@ class Bench:
         self.handles = np.array(handles, np.uint64)
 
     async def consume(self, stream: RequestStream) -> None:
-        while not stream.finished:
-            await stream.get()
+        async for _ in stream:
             self.num_delivered += 1
 
     def messages(self) -> list[StepOutputs]:
@@ -104,9 +105,9 @@ class Bench:
                     epoch=1,
                     step=self.step,
                     handle=self.handles,
-                    first_index=np.full(NUM_REQUESTS, self.step, np.int32),
-                    token=self.rng.integers(0, self.vocab_size, NUM_REQUESTS, np.int32),
-                    finish=np.zeros(NUM_REQUESTS, np.uint8),
+                    first_index=np.full(self.num_requests, self.step, np.int32),
+                    token=self.rng.integers(0, self.vocab_size, self.num_requests, np.int32),
+                    finish=np.zeros(self.num_requests, np.uint8),
                 )
             )
             self.step += 1
@@ -120,9 +121,9 @@ class Bench:
 
 
 @contextmanager
-def running(mode: str, kind: str) -> Iterator[tuple[Bench, asyncio.AbstractEventLoop]]:
+def running(mode: str, kind: str, num_requests: int) -> Iterator[tuple[Bench, asyncio.AbstractEventLoop]]:
     loop = uvloop.new_event_loop() if kind == "uvloop" else asyncio.new_event_loop()
-    bench = Bench(mode, loop)
+    bench = Bench(mode, loop, num_requests)
     loop.run_until_complete(asyncio.sleep(0))
     try:
         yield bench, loop
@@ -133,10 +134,8 @@ def running(mode: str, kind: str) -> Iterator[tuple[Bench, asyncio.AbstractEvent
         loop.close()
 
 
-@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("mode", list(MODES))
-def test_deliver(benchmark: Any, mode: str, kind: str) -> None:
-    with running(mode, kind) as (bench, loop):
+def measure(benchmark: Any, mode: str, kind: str, num_requests: int) -> None:
+    with running(mode, kind, num_requests) as (bench, loop):
 
         def set_up() -> tuple[tuple[list[StepOutputs]], dict[str, Any]]:
             return (bench.messages(),), {}
@@ -145,8 +144,21 @@ def test_deliver(benchmark: Any, mode: str, kind: str) -> None:
             loop.run_until_complete(bench.deliver(messages))
 
         benchmark.pedantic(run, setup=set_up, rounds=30, warmup_rounds=3)
-        expected = 0 if mode == "final_only" else bench.step * NUM_REQUESTS
+        expected = 0 if mode == "final_only" else bench.step * num_requests
         assert bench.num_delivered == expected  # every consumer took every step's token
-        us_per_token = benchmark.stats.stats.median * 1e6 / (STEPS_PER_ROUND * NUM_REQUESTS)
-        benchmark.extra_info["us_per_token"] = round(us_per_token, 3)
-        print(f"\n{mode}, {kind}: {us_per_token:.2f} µs per token")
+        stats = benchmark.stats.stats
+        median, best = (s * 1e6 / (STEPS_PER_ROUND * num_requests) for s in (stats.median, stats.min))
+        benchmark.extra_info["us_per_token"] = round(median, 3)
+        print(f"\n{mode}, {kind}, {num_requests} requests: {median:.2f} µs per token (best {best:.2f})")
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_deliver(benchmark: Any, mode: str, kind: str) -> None:
+    measure(benchmark, mode, kind, NUM_REQUESTS)
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("num_requests", GROWTH)
+def test_growth(benchmark: Any, num_requests: int, kind: str) -> None:
+    measure(benchmark, "text", kind, num_requests)

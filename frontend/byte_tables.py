@@ -7,6 +7,7 @@ the others take U+0100, U+0101, … in the order of the bytes.
 """
 
 import codecs
+import functools
 
 
 def _byte_to_char() -> tuple[str, ...]:
@@ -41,6 +42,7 @@ def token_bytes(token: str) -> bytes:
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+@functools.lru_cache(8192)  # a text repeats its characters, and the codec takes 10 times a look-up
 def decode_utf8_stream(data: bytes) -> tuple[str, bytes]:
     """Decode all of `data` that is decided: (text, incomplete character at the end, at most 3 bytes).
 

@@ -49,10 +49,9 @@ class HasBackend(Protocol):
 class Detokenizer:
     """The text of one request, growing. Made by `DetokenizerFactory.create`; for one thread at a time."""
 
-    __slots__ = ("_context_tail", "_finished", "_parts")
+    __slots__ = ("_context_tail", "_finished")
 
     def __init__(self) -> None:
-        self._parts: list[str] = []
         # What D(P) holds beyond the text that P alone decides; dropped from the front of our own text.
         self._context_tail = ""
         self._finished = False
@@ -74,13 +73,6 @@ class Detokenizer:
         self._finished = True
         return self._release(self._flush())
 
-    @property
-    def text(self) -> str:
-        """All text returned so far."""
-        if len(self._parts) > 1:
-            self._parts = ["".join(self._parts)]
-        return self._parts[0] if self._parts else ""
-
     def _decode(self, token_ids: Sequence[int]) -> str:
         raise NotImplementedError
 
@@ -88,11 +80,9 @@ class Detokenizer:
         raise NotImplementedError
 
     def _release(self, delta: str) -> str:
-        if delta:
-            if self._context_tail:
-                delta = _without_common_prefix(delta, self._context_tail)
-                self._context_tail = ""
-            self._parts.append(delta)
+        if delta and self._context_tail:
+            delta = _without_common_prefix(delta, self._context_tail)
+            self._context_tail = ""
         return delta
 
 
@@ -118,11 +108,12 @@ class _ByteLevelDetokenizer(Detokenizer):
             self._context_tail = REPLACEMENT
 
     def append(self, token_ids: Sequence[int]) -> str:
-        # The common case: one token, whole characters, nothing pending. About 0.2 µs.
-        if len(token_ids) == 1 and not self._pending:
+        if len(token_ids) == 1:  # the common cases, kept short
             piece = self._table[token_ids[0]]
-            if isinstance(piece, str):
-                self._parts.append(piece)
+            if isinstance(piece, bytes):
+                text, self._pending = decode_utf8_stream(self._pending + piece)
+                return self._release(text)
+            if not self._pending:
                 return piece
         return self._release(self._decode(token_ids))
 
@@ -178,7 +169,6 @@ class _PieceDetokenizer(Detokenizer):
         if self._streaming and len(token_ids) == 1:
             piece = self._table[token_ids[0]]
             if isinstance(piece, str):
-                self._parts.append(piece)
                 return piece
         text = self._decode(token_ids)
         self._streaming = self._is_streaming()

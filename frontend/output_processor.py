@@ -9,30 +9,30 @@ not fetched yet merge by themselves, and a slow consumer costs no more memory th
                               └─▶ wakes who waits for the request, once per message
 
 Text is made in `apply` only where stop strings have to be looked for. Knows neither sockets nor event loops:
-who waits leaves a future, or anything else with `done` and `set_result`.
+who waits leaves a `Waiter`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
 from tercet.errors import RequestError, TercetError, ValidationError
+from tercet.frontend.flat_logprobs import PromptLogprobs, SampleLogprobs
 from tercet.frontend.input_processor import PreparedRequest
 from tercet.frontend.logprobs import LogprobsReader
 from tercet.frontend.outputs import (
     CompletionOutput,
     FinishReason,
-    PromptLogprobs,
     RequestOutput,
     RequestStateStats,
-    SampleLogprobs,
 )
 from tercet.frontend.sampling_params import RequestOutputKind, SamplingParams
 from tercet.frontend.stop_strings import OutputText
+from tercet.frontend.waking import TaskWaker, Waiter
 from tercet.ipc.messages import Finish, Started, StepOutputs
 from tercet.log import get_logger
 
@@ -49,18 +49,11 @@ _ENDED_BY_TOKEN: Final = (Finish.EOS, Finish.STOP_TOKEN)
 _NEVER: Final = 1 << 62
 
 
-class Waiter(Protocol):
-    """Who waits for a request to have something new: an asyncio.Future, for one."""
-
-    def done(self) -> bool: ...
-
-    def set_result(self, result: None, /) -> None: ...
-
-
 class Child:
     """One of the n completions of a request."""
 
     __slots__ = (
+        "append",
         "cumulative_logprob",
         "eager",
         "finish",
@@ -87,8 +80,9 @@ class Child:
         self.num_taken = 0  # tokens that the consumer has
         self.wake_at = 0  # more tokens than this are news for the consumer
         self.text: OutputText | None = None
+        self.append: Callable[[list[int]], str] | None = None  # tokens into text, where no end can come of it
         self.eager = False  # its text is made as tokens arrive, for a stop string may end it
-        self.parts: list[str] = []  # text of an eager child that the consumer does not have
+        self.parts: list[str] = []  # text for the consumer: what it has not had (DELTA), or all
         self.reader: LogprobsReader | None = None
         self.logprobs: SampleLogprobs = []
         self.cumulative_logprob = 0.0
@@ -111,7 +105,14 @@ class Child:
 
     def push_eagerly(self) -> None:
         """`push`, keeping the text for the consumer."""
-        delta = self.push()
+        text, num_tokens = self.text, len(self.token_ids)
+        if text is not None and self.num_pushed == num_tokens - 1 and not self.finish:  # the common case
+            delta = text.push_token(self.token_ids[-1])
+            self.num_pushed = num_tokens
+            if text.stop_reason is not None:
+                self._cut(text.stop_reason)
+        else:
+            delta = self.push()
         if delta:
             self.parts.append(delta)
 
@@ -120,38 +121,38 @@ class Child:
         if self.num_pushed < len(self.token_ids):
             del self.token_ids[self.num_pushed :]
             if self.reader is not None:
-                del self.logprobs[self.num_pushed :]
+                self.logprobs = self.logprobs[: self.num_pushed]
                 self.cumulative_logprob = sum(next(iter(entry.values())).logprob for entry in self.logprobs)
 
     def completion(self, delta: bool) -> CompletionOutput:
         """What the consumer shall see now: what is new, or everything."""
         token_ids, start = self.token_ids, self.num_taken
-        self.num_taken = len(token_ids)
-        if delta and not (self.finish or self.eager):  # the common case, kept short
-            token_ids = token_ids[start:]
-            text = ""
-            if self.text is not None:
-                text = self.text.push(token_ids)[0]
-                self.num_pushed = self.num_taken
+        self.num_taken = count = len(token_ids)
+        if delta and not self.finish:  # the common case, kept short
+            token_ids = [token_ids[-1]] if count == start + 1 else token_ids[start:]
+            if self.append is not None:
+                text = self.append(token_ids)
+                self.num_pushed = count
+            else:
+                text = self._take_parts() if self.eager else ""
             output = CompletionOutput(self.index, text, token_ids)
         else:
             start = start if delta else 0
-            text = self._take_text(delta)
+            if not self.eager:
+                self.parts.append(self.push())
+            text = self._take_parts()
+            if not delta:
+                self.parts.append(text)
             reason, stop_reason = self._reasons()
             output = CompletionOutput(self.index, text, token_ids[start:], None, None, reason, stop_reason)
         if self.reader is not None:
             output.cumulative_logprob, output.logprobs = self.cumulative_logprob, self.logprobs[start:]
         return output
 
-    def _take_text(self, delta: bool) -> str:
-        if self.text is None:
-            return ""
-        if self.eager:
-            text = "".join(self.parts)
-            self.parts.clear()
-        else:
-            text = self.push()
-        return text if delta else self.text.text
+    def _take_parts(self) -> str:
+        text = "".join(self.parts)
+        self.parts.clear()
+        return text
 
     def _reasons(self) -> tuple[FinishReason | None, int | str | None]:
         if not self.finish:
@@ -165,14 +166,15 @@ class Child:
 class RequestState:
     """One request on its way: what came from the core, and what the consumer has had of it.
 
-    `take` belongs to one consumer. `ready` says that it has something to give or to raise. `waiter` is the
-    consumer's place to wait: set while nothing is ready, it is resolved (and set to None) when something is.
+    `take` and `take_ready` belong to one consumer. `ready` says that it has something to give or to raise.
+    `waiter` is the consumer's place to wait: set while nothing is ready, it is woken (and set to None) when
+    something is.
     """
 
     __slots__ = (
         "children",
         "error",
-        "interval",
+        "is_delta",
         "kind",
         "num_cached_tokens",
         "num_unfinished",
@@ -183,6 +185,7 @@ class RequestState:
         "prompt_token_ids",
         "ready",
         "request_id",
+        "slack",
         "stats",
         "taken",
         "waiter",
@@ -191,7 +194,8 @@ class RequestState:
     def __init__(self, request_id: str, params: SamplingParams, arrival_s: float) -> None:
         self.request_id = request_id
         self.kind = params.output_kind
-        self.interval = params.stream_interval or 1
+        self.is_delta = self.kind is RequestOutputKind.DELTA
+        self.slack = (params.stream_interval or 1) - 1  # tokens that are no news by themselves
         self.children = [Child(self, index) for index in range(params.n)]
         self.num_unfinished = params.n
         self.prompt: str | None = None
@@ -215,30 +219,31 @@ class RequestState:
         return self.num_unfinished == 0
 
     def take(self) -> RequestOutput | None:
-        """What is new for the consumer, or None.
+        """What is new for the consumer, or None. Raises as `take_ready`."""
+        return self.take_ready() if self.ready else None
+
+    def take_ready(self) -> RequestOutput:
+        """What is new for the consumer; only where `ready` says that something is.
 
         Raises:
             TercetError: the request has failed, or its engine has.
         """
-        if not self.ready:
-            return None
         if self.error is not None:
             self.taken = True
             raise self.error
         self.ready = False
-        kind, children = self.kind, self.children
-        delta = kind is RequestOutputKind.DELTA
+        children = self.children
         if len(children) == 1:
             child = children[0]
-            outputs = [child.completion(delta)]
-            child.wake_at = child.num_taken + self.interval - 1
-            self.stats.num_generation_tokens = child.num_taken
+            outputs = [child.completion(self.is_delta)]
+            self.stats.num_generation_tokens = num_taken = child.num_taken
+            child.wake_at = num_taken + self.slack
         else:
-            outputs = self._take_children(delta)
-        finished = self.num_unfinished == 0
+            outputs = self._take_children(self.is_delta)
         prompt_logprobs = self.prompt_logprobs
-        if delta:
+        if prompt_logprobs is not None and self.is_delta:
             self.prompt_logprobs = self.prompt_reader = None
+        finished = self.num_unfinished == 0
         if finished:
             self.taken = True
             self.children = []  # breaks the reference cycle, so that no garbage collector is needed
@@ -266,7 +271,7 @@ class RequestState:
             if fresh or not delta:
                 outputs.append(child.completion(delta))
             if fresh:
-                child.wake_at = _NEVER if child.finish else child.num_taken + self.interval - 1
+                child.wake_at = _NEVER if child.finish else child.num_taken + self.slack
         self.stats.num_generation_tokens = sum(len(child.token_ids) for child in self.children)
         return outputs
 
@@ -274,8 +279,8 @@ class RequestState:
         """Something is ready."""
         self.ready = True
         waiter, self.waiter = self.waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if waiter is not None:
+            waiter.wake()
 
 
 class OutputProcessor:
@@ -287,6 +292,7 @@ class OutputProcessor:
         self._children: dict[int, Child] = {}
         self._next_handle = 1
         self.requests: dict[str, RequestState] = {}
+        self.waker: TaskWaker | None = None  # shared by the streams of these requests, who make it
         self.num_malformed = 0  # messages whose columns contradict each other
         self.num_dropped_tokens = 0  # tokens that had already come
 
@@ -308,14 +314,16 @@ class OutputProcessor:
         request.prompt, request.prompt_token_ids = prepared.prompt, prepared.prompt_token_ids
         request.prompt_reader = prepared.prompt_reader
         if prepared.prompt_reader is not None:  # the first position has none, nor has a prompt of one token
-            request.prompt_logprobs = [None] * len(request.prompt_token_ids)
+            request.prompt_logprobs = prepared.prompt_reader.no_prompt_entries(len(request.prompt_token_ids))
         first = self._next_handle
         self._next_handle += len(request.children)
         for child in request.children:
             child.handle = first + child.index
-            child.reader = prepared.reader
+            if prepared.reader is not None:
+                child.reader, child.logprobs = prepared.reader, prepared.reader.no_entries()
             if prepared.make_text is not None:
                 child.text, child.eager = prepared.make_text(), prepared.has_stop_strings
+                child.append = None if child.eager else child.text.append
             self._children[child.handle] = child
         return first
 
@@ -385,7 +393,7 @@ class OutputProcessor:
             self._malformed(outputs)
             return
         # Steady decode, and the reason for this loop's bareness: one token per request, seldom an end.
-        children, woken = self._children, []
+        children = self._children
         for handle, first, token, finish in zip(handles, firsts, tokens, finishes, strict=True):
             child = children.get(handle)
             if child is None:
@@ -396,17 +404,19 @@ class OutputProcessor:
                 self._misplaced(child, first, 1, finish)
                 continue
             token_ids.append(token)
-            if finish or child.eager:
+            if finish:
                 self._advance(child, finish)
+            elif child.eager:
+                child.push_eagerly()
+                if child.finish:
+                    self._stop(child)
             if count >= child.wake_at:
                 request = child.request
                 request.ready = True
-                if request.waiter is not None:
-                    woken.append(request.waiter)
+                waiter = request.waiter
+                if waiter is not None:
                     request.waiter = None
-        for waiter in woken:
-            if not waiter.done():
-                waiter.set_result(None)
+                    waiter.wake()
 
     def _apply_spans(
         self,
@@ -442,7 +452,7 @@ class OutputProcessor:
                     self._fault(child, "came without its log-probabilities")
                     continue
                 entries, chosen = read
-                child.logprobs += entries[skip:]
+                child.logprobs.extend(entries[skip:])
                 child.cumulative_logprob += sum(chosen[skip:])
             child.token_ids += span[skip:]
             self.num_dropped_tokens += skip
@@ -460,9 +470,13 @@ class OutputProcessor:
                 self._fault(child, f"ended for an unknown reason ({finish})")
             return
         child.push_eagerly()
-        if child.finish:  # a stop string: the core does not know
-            self._abort([child.handle], Finish.EOS)
-            self._finished(child)
+        if child.finish:
+            self._stop(child)
+
+    def _stop(self, child: Child) -> None:
+        """A stop string has ended the child, of which the core does not know."""
+        self._abort([child.handle], Finish.EOS)
+        self._finished(child)
 
     def _finish(self, child: Child, finish: Finish) -> None:
         if finish == Finish.ERROR:
@@ -506,7 +520,7 @@ class OutputProcessor:
                 continue
             request = child.request
             assert request.prompt_logprobs is not None
-            if not reader.prompt(columns, i, request.prompt_logprobs):
+            if not reader.prompt(columns, i, request.prompt_logprobs, len(request.prompt_token_ids)):
                 self._malformed(outputs)
                 return
 

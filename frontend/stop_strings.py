@@ -36,7 +36,7 @@ class StopStrings:
         ValidationError: names `stop` and what is wrong with it.
     """
 
-    __slots__ = ("_failures", "_first_char", "strings")
+    __slots__ = ("_failures", "_first_char", "first_chars", "strings")
 
     def __init__(self, strings: Sequence[str]) -> None:
         if not strings:
@@ -51,11 +51,8 @@ class StopStrings:
         # Longest first: of matches that end together the first one checked is the longest.
         self.strings = tuple(sorted(set(strings), key=len, reverse=True))
         self._failures = tuple(_failure_function(string) for string in self.strings)
-        self._first_char = re.compile("[" + re.escape("".join({string[0] for string in self.strings})) + "]")
-
-    def may_begin_in(self, text: str) -> bool:
-        """Whether `text` has the first character of a stop string; if not, a fresh scan finds nothing."""
-        return self._first_char.search(text) is not None
+        self.first_chars = frozenset(string[0] for string in self.strings)
+        self._first_char = re.compile("[" + re.escape("".join(sorted(self.first_chars))) + "]")
 
     def start(self) -> list[int]:
         """Initial state of a scan: for each stop string, how many of its characters the text ends with."""
@@ -126,20 +123,24 @@ class OutputText:
         include_stop_str_in_output: keep the stop string that matched at the end of the text.
         min_tokens: matches completed by one of the first `min_tokens` tokens do not count.
 
+    Attributes:
+        append: the detokenizer's own. Without stop strings it is `push` of tokens that do not finish the
+            request; with them nobody else may call it.
+        stop_reason: the stop string that matched.
+
     Raises:
         ValidationError: a stop string is empty or too long.
     """
 
     __slots__ = (
-        "_append",
         "_detokenizer",
         "_held",
         "_include_stop",
         "_min_tokens",
         "_num_tokens",
-        "_released",
         "_state",
         "_stop",
+        "append",
         "stop_reason",
     )
 
@@ -152,24 +153,14 @@ class OutputText:
         min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
-        self._append = detokenizer.append
+        self.append = detokenizer.append
         self._stop = compile_stop_strings(tuple(stop)) if stop else None
         self._state = self._stop.start() if self._stop else []
         self._include_stop = include_stop_str_in_output
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._held = ""  # the text's end, as far as it may be the beginning of a stop string
-        self._released: list[str] = []
         self.stop_reason: str | None = None
-
-    @property
-    def text(self) -> str:
-        """All text returned so far."""
-        if self._stop is None:
-            return self._detokenizer.text
-        if len(self._released) > 1:
-            self._released = ["".join(self._released)]
-        return self._released[0] if self._released else ""
 
     def push(
         self, token_ids: Sequence[int], finished: bool = False, *, ended_by_stop_token: bool = False
@@ -187,36 +178,37 @@ class OutputText:
             output). The last is below `len(token_ids)` only when a stop string matched before the end; the
             caller then aborts the request. After a match nothing more is taken or returned.
         """
-        if not finished:  # the common cases first: most tokens begin no stop string
-            if self._stop is None:
-                return self._append(token_ids), None, len(token_ids)
-            if len(token_ids) == 1 and not self._held and self.stop_reason is None:
-                self._num_tokens += 1
-                delta = self._append(token_ids)
-                if self._stop.may_begin_in(delta):
-                    delta = self._scan(self._stop, delta)
-                self._released.append(delta)
-                return delta, self.stop_reason, 1
+        if self._stop is None and not finished:
+            return self.append(token_ids), None, len(token_ids)
         if self.stop_reason is not None:
             return "", None, 0
         shown = token_ids[:-1] if ended_by_stop_token and not self._include_stop else token_ids
         if self._stop is None:
-            return self._append(shown) + self._detokenizer.finish(), None, len(token_ids)
+            return self.append(shown) + self._detokenizer.finish(), None, len(token_ids)
         delta, used = self._push_scanned(self._stop, shown)
         if self.stop_reason is None:
             used = len(token_ids)
             if finished:
                 delta += self._finish_scanned(self._stop, used - len(shown))
-        if delta:
-            self._released.append(delta)
         return delta, self.stop_reason, used
+
+    def push_token(self, token_id: int) -> str:
+        """`push` of one token that does not finish the request: the text to show next. A match is told by
+        `stop_reason`; it must be None before."""
+        delta = self.append((token_id,))
+        stop = self._stop
+        if stop is not None:
+            self._num_tokens += 1
+            if self._held or not stop.first_chars.isdisjoint(delta):  # most tokens begin no stop string
+                return self._scan(stop, delta)
+        return delta
 
     def _push_scanned(self, stop: StopStrings, token_ids: Sequence[int]) -> tuple[str, int]:
         """Token by token, so that a match can be told to the token that completed it."""
         out = []
         for used, token_id in enumerate(token_ids, start=1):
             self._num_tokens += 1
-            out.append(self._scan(stop, self._append((token_id,))))
+            out.append(self._scan(stop, self.append((token_id,))))
             if self.stop_reason is not None:
                 return "".join(out), used
         return "".join(out), len(token_ids)

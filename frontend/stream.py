@@ -8,6 +8,7 @@ from typing import Self
 
 from tercet.frontend.output_processor import OutputProcessor, RequestState
 from tercet.frontend.outputs import RequestOutput
+from tercet.frontend.waking import TaskWaiter, TaskWaker
 
 
 class RequestStream:
@@ -17,18 +18,24 @@ class RequestStream:
     `close`, which aborts the request.
     """
 
-    __slots__ = ("_loop", "_outputs", "_request")
+    __slots__ = ("_outputs", "_request", "_waiter")
 
     def __init__(
         self, request: RequestState, outputs: OutputProcessor, loop: asyncio.AbstractEventLoop
     ) -> None:
         self._request = request
         self._outputs = outputs
-        self._loop = loop
+        if outputs.waker is None or outputs.waker.loop is not loop:
+            outputs.waker = TaskWaker(loop)
+        self._waiter = TaskWaiter(request, outputs.waker)
 
     @property
     def request_id(self) -> str:
         return self._request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._request.prompt_token_ids)
 
     @property
     def finished(self) -> bool:
@@ -47,19 +54,11 @@ class RequestStream:
     async def get(self) -> RequestOutput:
         """Wait until something is new. Raises as `get_nowait`; RuntimeError after the last output."""
         request = self._request
-        while (output := request.take()) is None:
+        while not request.ready:
             if request.taken:
                 raise RuntimeError(f"request {request.request_id} is finished and has been fetched")
-            if request.waiter is not None:
-                raise RuntimeError(f"request {request.request_id} is being awaited elsewhere")
-            waiter = request.waiter = self._loop.create_future()
-            try:
-                await waiter
-            except BaseException:  # cancelled: the place is free again
-                if request.waiter is waiter:
-                    request.waiter = None
-                raise
-        return output
+            await self._waiter
+        return request.take_ready()
 
     def add_finish_callback(self, callback: Callable[[RequestState], None]) -> None:
         """Call this once nothing more will come for the request; at once, if that is so already."""
@@ -80,6 +79,12 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        if self._request.taken:
+        # As `get`, but without a second coroutine: this is run for every token.
+        request = self._request
+        if request.taken:
             raise StopAsyncIteration
-        return await self.get()
+        while not request.ready:
+            if request.taken:  # closed meanwhile
+                raise StopAsyncIteration
+            await self._waiter
+        return request.take_ready()

@@ -31,13 +31,10 @@ def taken(request: RequestState) -> RequestOutput:
 
 class FakeWaiter:
     def __init__(self) -> None:
-        self.num_set = 0
+        self.num_woken = 0
 
-    def done(self) -> bool:
-        return self.num_set > 0
-
-    def set_result(self, result: None, /) -> None:
-        self.num_set += 1
+    def wake(self) -> None:
+        self.num_woken += 1
 
 
 # ---- kinds of output
@@ -91,11 +88,11 @@ def test_final_only_gives_one_output() -> None:
     waiter = request.waiter = FakeWaiter()
     tokens = ids_of("one two")
     for i, token in enumerate(tokens):
-        assert waiter.num_set == 0
+        assert waiter.num_woken == 0
         assert request.take() is None
         finish = {handle: Finish.LENGTH} if i == len(tokens) - 1 else None
         requests.outputs.apply(step_outputs({handle: [token]}, first=i, finish=finish))
-    assert waiter.num_set == 1
+    assert waiter.num_woken == 1
     output = taken(request)
     assert (output.outputs[0].text, output.outputs[0].token_ids) == ("one two", tokens)
 
@@ -486,7 +483,7 @@ def test_fail_all_gives_everyone_an_error_of_their_own() -> None:
     second, _ = requests.add(request_id="b")
     waiter = first.waiter = FakeWaiter()
     requests.outputs.fail_all(EngineDeadError("gone"))
-    assert waiter.num_set == 1
+    assert waiter.num_woken == 1
     errors = []
     for request in (first, second):
         with pytest.raises(EngineDeadError, match="gone") as caught:
@@ -509,7 +506,7 @@ def test_one_message_wakes_a_consumer_once() -> None:
     request, handle = requests.add(n=3, output_kind=DELTA)
     waiter = request.waiter = FakeWaiter()
     requests.outputs.apply(step_outputs({handle: [1], handle + 1: [2], handle + 2: [3]}))
-    assert waiter.num_set == 1
+    assert waiter.num_woken == 1
     assert request.waiter is None
 
 

@@ -55,7 +55,6 @@ def run(output: OutputText, token_ids: Sequence[int], cuts: Sequence[int]) -> Ex
     for start, end in itertools.pairwise(edges):
         delta, reason, num_tokens = output.push(token_ids[start:end], finished=end == len(token_ids))
         text, used = text + delta, used + num_tokens
-        assert output.text == text
         if reason is not None or end == len(token_ids):
             return Expected(text, reason, used)
     raise AssertionError("unreachable: the last edge is the end")
@@ -144,7 +143,6 @@ def test_stop_string_across_tokens_is_cut_off() -> None:
         ("", "STOP", 1),
     ]
     assert shown[7:] == [("", None, 0)] * 4  # tokens that were in flight when it stopped
-    assert output.text == "go "
     assert output.stop_reason == "STOP"
 
 
@@ -179,7 +177,6 @@ def test_without_stop_strings_text_passes_at_once() -> None:
     output = OutputText(DetokenizerFactory(specimen("byte_level")).create())
     assert output.push(_ids("STO")) == ("STO", None, 3)
     assert output.push(_ids("🙂")[:2], finished=True) == ("\ufffd", None, 2)
-    assert output.text == "STO\ufffd"
 
 
 @pytest.mark.parametrize("stop", [[""], ["a", ""], ["x" * (MAX_STOP_STRING_CHARS + 1)]])
