@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from tercet import sampling_ranges as ranges
 from tercet.ipc.messages import AddRequest, Limits, ModelInfo, Sampling
 
 _MAX_STOP_IDS = 1024
@@ -60,15 +61,13 @@ def _check_unsupported(message: AddRequest) -> None:
 def _check_sampling(s: Sampling, vocab_size: int, limits: Limits) -> None:
     _require(1 <= s.max_tokens < 2**31, "max_tokens: must be at least 1")
     _require(0 <= s.min_tokens <= s.max_tokens, "min_tokens: must be in [0, max_tokens]")
-    _require(_finite(s.temperature) and s.temperature >= 0, "temperature: must be finite and at least 0")
+    _check_range("temperature", s.temperature, ranges.TEMPERATURE)
     _require(_finite(s.top_p) and 0 < s.top_p <= 1, "top_p: must be in (0, 1]")
     _require(_finite(s.min_p) and 0 <= s.min_p <= 1, "min_p: must be in [0, 1]")
     _require(0 <= s.top_k < 2**31, "top_k: must be at least 0")
-    _require(
-        _finite(s.repetition_penalty) and s.repetition_penalty > 0, "repetition_penalty: must be above 0"
-    )
-    _require(_finite(s.presence_penalty), "presence_penalty: must be finite")
-    _require(_finite(s.frequency_penalty), "frequency_penalty: must be finite")
+    _check_range("repetition_penalty", s.repetition_penalty, ranges.REPETITION_PENALTY)
+    _check_range("presence_penalty", s.presence_penalty, ranges.PENALTY)
+    _check_range("frequency_penalty", s.frequency_penalty, ranges.PENALTY)
     for name in ("logprobs", "prompt_logprobs"):
         count = getattr(s, name)
         allowed = count is None or 0 <= count <= limits.max_logprobs
@@ -99,12 +98,19 @@ def _check_arrays(s: Sampling, vocab_size: int) -> None:
         _require(ids.ndim == 1 and ids.shape == values.shape, "logit_bias: ids and values must match")
         _require(len(ids) <= _MAX_BIAS, f"logit_bias: at most {_MAX_BIAS} entries")
         _require(_in_vocab(ids, vocab_size), f"logit_bias: ids must be in [0, {vocab_size})")
-        _require(bool(np.isfinite(values).all()), "logit_bias: values must be finite")
+        low, high = ranges.LOGIT_BIAS
+        within = bool(((values >= low) & (values <= high)).all())  # NaN is not
+        _require(within, f"logit_bias: values must be in [{low:g}, {high:g}]")
 
 
 def _check_ids(name: str, ids: list[int], vocab_size: int, most: int) -> None:
     _require(len(ids) <= most, f"{name}: at most {most} ids")
     _require(all(0 <= token_id < vocab_size for token_id in ids), f"{name}: must be in [0, {vocab_size})")
+
+
+def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    low, high = limits
+    _require(low <= value <= high, f"{name}: must be in [{low:g}, {high:g}]")  # NaN is not
 
 
 def _in_vocab(ids: np.ndarray, vocab_size: int) -> bool:

@@ -16,11 +16,12 @@ import numpy as np
 
 from tercet.config import EngineConfig
 from tercet.core_proc.checks import Refused, check_request
-from tercet.core_proc.frontends import MAX_BACKLOG, Frontend, Frontends
+from tercet.core_proc.frontends import Frontend, Frontends
+from tercet.core_proc.outbox import Outbox
 from tercet.core_proc.results import apply_result, end_outputs
 from tercet.core_proc.scheduler import Scheduler
 from tercet.ipc.channel import RouterEnd, Waiter
-from tercet.ipc.errors import PeerBusyError, PeerGoneError, PeerUnreachableError, WireError
+from tercet.ipc.errors import PeerGoneError, PeerUnreachableError, WireError
 from tercet.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -42,20 +43,23 @@ from tercet.ipc.messages import (
     ResetPrefixCache,
     ResumeGeneration,
     Shutdown,
+    StartProfile,
     Stats,
     StepPlan,
     StepResult,
+    StopProfile,
     Welcome,
     WorkerFailed,
     WorkerToCore,
 )
-from tercet.log import get_logger
+from tercet.log import RepeatedWarning, get_logger
 from tercet.version import __version__
 
 logger = get_logger(__name__)
 
 _HEARTBEAT_S = 1.0
-_BACKLOG_RETRY_S = 0.02
+_MALFORMED_LOG_S = 5.0
+_MAX_ARRIVALS = 1024  # messages of frontends in one turn: who floods the core shall not stop its steps
 
 
 class WorkerDiedError(Exception):
@@ -86,11 +90,14 @@ class Core:
         self.frontends = Frontends()
         self.stopping = False
         self._worker, self._workers, self._front_end = worker, workers, frontends
+        self._outbox = Outbox(frontends)
         self._stop_fd = stop_fd
         self._files = {name: _read_file(path) for name, path in config.frontend.files.items()}
         self._limits = _limits(config, scheduler)
         self._model = _model_info(config)
         self._waiting_pauses: list[tuple[Frontend, Call]] = []
+        self._worker_calls: dict[int, tuple[Frontend, Call]] = {}  # passed on, by the id that they have there
+        self._next_worker_call = 1
         self._results: deque[StepResult] = deque()
         self._num_dropped = 0
         self._num_refused = 0
@@ -99,6 +106,7 @@ class Core:
         for source in (workers, frontends, stop_fd):
             self._waiter.add(source)
         frontends.on_malformed = self._on_malformed
+        self._malformed_log = RepeatedWarning(logger, _MALFORMED_LOG_S)
 
     # ---------------------------------------------------------------------------------- the two loops
 
@@ -124,18 +132,22 @@ class Core:
     def run_overlapped(self) -> None:
         """Two steps in flight: the result of one is applied while the next one runs."""
         while not self.stopping:
-            outputs = []
-            if self._results:
-                outputs = self._apply(self._results.popleft())
-            while self.scheduler.num_in_flight < 2 and (plan := self._schedule()) is not None:
-                self._send_plan(plan)
-            self._send_outputs(outputs)  # after the plan: the worker must never wait for us
-            self._handle_messages(wait=not self._results)
+            self.turn_overlapped()
+
+    def turn_overlapped(self) -> None:
+        """One turn of the overlapped loop: a result in, a plan and the outputs out, then what has arrived."""
+        outputs = []
+        if self._results:
+            outputs = self._apply(self._results.popleft())
+        while self.scheduler.num_in_flight < 2 and (plan := self._schedule()) is not None:
+            self._send_plan(plan)
+        self._send_outputs(outputs)  # after the plan: the worker must never wait for us
+        self._handle_messages(wait=not self._results)
 
     def _schedule(self) -> StepPlan | None:
         return self.scheduler.schedule(time.monotonic())
 
-    def _send_plan(self, plan: StepPlan) -> None:
+    def _send_plan(self, plan: StepPlan | Call) -> None:
         try:
             self._workers.send(self._worker, plan)
         except PeerUnreachableError as error:
@@ -164,22 +176,29 @@ class Core:
                 self._detach(frontend)
         while (received := self._workers.recv_nowait()) is not None:
             self._on_worker(*received)
-        while (arrived := self._front_end.recv_nowait()) is not None:
+        for _ in range(_MAX_ARRIVALS):
+            if (arrived := self._front_end.recv_nowait()) is None:
+                break
             self._on_frontend(*arrived)
         if self._waiting_pauses:
             self._answer_pauses()
-        self._flush_backlogs()
+        if self._outbox.has_backlog:
+            self._tend_backlogs()
         self._send_heartbeats()
 
     def _wait_s(self) -> float:
-        if any(frontend.backlog for frontend in self.frontends.by_peer.values()):
-            return _BACKLOG_RETRY_S
-        return _HEARTBEAT_S if self.frontends.by_peer else 3600.0
+        if self._outbox.has_backlog:
+            return self._outbox.wait_s
+        return _HEARTBEAT_S if self.frontends.by_peer or self._malformed_log.pending else 3600.0
 
     def _on_worker(self, peer: bytes, message: WorkerToCore) -> None:
         match message:
             case StepResult(epoch=epoch) if epoch == self.scheduler.epoch:
                 self._results.append(message)
+            case Reply(call_id=call_id, error=error) if call_id in self._worker_calls:
+                frontend, call = self._worker_calls.pop(call_id)
+                if self.frontends.by_slot.get(frontend.slot) is frontend:
+                    self._reply(frontend, call, error=error)
             case WorkerFailed(message=problem):
                 raise WorkerDiedError(problem)
             case Heartbeat():
@@ -242,6 +261,10 @@ class Core:
             handles = range(message.handle, message.handle + len(message.seeds))
             if any((frontend.slot, handle) in self.scheduler.requests for handle in handles):
                 raise Refused("invalid", "handle: names an unfinished request")
+            if frontend.is_overrun:
+                raise Refused(
+                    "queue_full", "this frontend does not read what it asked for; read, then try again"
+                )
             if len(self.scheduler.waiting) + len(handles) > self._limits.max_waiting:
                 raise Refused("queue_full", f"the queue is full ({self._limits.max_waiting} requests wait)")
         except Refused as refused:
@@ -262,7 +285,7 @@ class Core:
 
     def _on_malformed(self, peer: bytes, error: WireError) -> None:
         """Tell a peer that what it sent is no message; nothing else notices."""
-        logger.warning("malformed message from a frontend: %s", error)
+        self._malformed_log.warn(time.monotonic(), "malformed message from a frontend: %s", error)
         self._try_send(peer, Goodbye(epoch=self.scheduler.epoch, reason=f"malformed message: {error}"))
         if (frontend := self.frontends.by_peer.get(peer)) is not None:
             self._detach(frontend)
@@ -286,8 +309,17 @@ class Core:
                 self._reply(frontend, call, stats=self.stats())
             case CheckInvariants():
                 self._reply(frontend, call, error=_failure(self.scheduler.check_invariants))
+            case StartProfile() | StopProfile():
+                self._pass_on(frontend, call)
             case _:
                 assert_never(call.body)
+
+    def _pass_on(self, frontend: Frontend, call: Call) -> None:
+        """Ask the worker, between two plans; its Reply becomes ours."""
+        call_id = self._next_worker_call
+        self._next_worker_call += 1
+        self._worker_calls[call_id] = (frontend, call)
+        self._send_plan(Call(epoch=self.scheduler.epoch, call_id=call_id, body=call.body))
 
     def _pause(self, mode: PauseMode) -> None:
         self.scheduler.paused = mode
@@ -348,48 +380,56 @@ class Core:
 
     def _send(self, frontend: Frontend, message: msgspec.Struct) -> None:
         """Send, or keep for later where the frontend does not read; one that has left is detached."""
-        if not frontend.backlog:
-            try:
-                self._front_end.send(frontend.peer, message)
-                return
-            except PeerGoneError:
-                self._detach(frontend)
-                return
-            except PeerBusyError:
-                pass
-        frontend.backlog.append(message)
-        if len(frontend.backlog) > MAX_BACKLOG:
-            logger.warning("frontend %s does not read: detached", frontend.name)
+        try:
+            self._outbox.send(frontend, message)
+        except PeerGoneError:
             self._detach(frontend)
 
     def _try_send(self, peer: bytes, message: msgspec.Struct) -> None:
+        """Send a last word to whoever may not read it: nothing waits for it, and nothing counts it."""
         try:
             self._front_end.send(peer, message)
         except PeerUnreachableError:
-            self._num_dropped += 1
+            pass
 
-    def _flush_backlogs(self) -> None:
-        for frontend in [f for f in self.frontends.by_peer.values() if f.backlog]:
-            try:
-                while frontend.backlog:
-                    self._front_end.send(frontend.peer, frontend.backlog[0])
-                    frontend.backlog.popleft()
-            except PeerGoneError:
+    def _tend_backlogs(self) -> None:
+        """Send what can be sent again; end the requests of a frontend that leaves too much unread."""
+        for frontend, hopeless in self._outbox.overrun():
+            if hopeless:
+                logger.warning("frontend %s asks and does not read: detached", frontend.name)
                 self._detach(frontend)
-            except PeerBusyError:
-                pass  # later
+            else:
+                self._abandon(frontend)
+        for frontend in self._outbox.retry():
+            self._detach(frontend)
+
+    def _abandon(self, frontend: Frontend) -> None:
+        """End the requests of a frontend; it reads why once it reads again, after what came before."""
+        problem = "aborted: this frontend left more of its outputs unread than the engine keeps"
+        requests = [r for r in self.scheduler.requests.values() if r.frontend == frontend.slot]
+        logger.warning("frontend %s does not read: its %d requests are aborted", frontend.name, len(requests))
+        for request in reversed(requests):  # last first, so that the waiting queue is emptied from its end
+            self.scheduler.end(request)
+            failure = RequestFailed(
+                epoch=self.scheduler.epoch, handle=request.handle, code="unread", message=problem
+            )
+            self._send(frontend, failure)
+        self.scheduler.counters.num_aborted += len(requests)
 
     def _send_heartbeats(self) -> None:
         now = time.monotonic()
         if now - self._last_heartbeat >= _HEARTBEAT_S:
             self._last_heartbeat = now
+            self._malformed_log.flush(now)
             for frontend in list(self.frontends.by_peer.values()):
-                self._send(frontend, self.stats())
+                if frontend.backlog is None:  # for one that does not read, they would only pile up
+                    self._send(frontend, self.stats())
 
     def _detach(self, frontend: Frontend) -> None:
         """Forget a frontend: its requests are aborted, their blocks free from the next plan on."""
         if frontend.pidfd >= 0:
             self._waiter.remove(frontend.pidfd)
+        self._outbox.forget(frontend)
         self.frontends.detach(frontend)
         count = self.scheduler.abort_frontend(frontend.slot)
         self._waiting_pauses = [(f, call) for f, call in self._waiting_pauses if f is not frontend]
@@ -404,6 +444,7 @@ class Core:
         """
         if not fault:
             self.abort_all()
+        self._outbox.retry(at_once=True)
         for frontend in list(self.frontends.by_peer.values()):
             self._try_send(frontend.peer, Goodbye(epoch=self.scheduler.epoch, reason=reason))
         try:

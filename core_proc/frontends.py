@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import msgspec
-
+from tercet.core_proc.backlog import Backlog
 from tercet.ipc.host import host_id
 from tercet.ipc.messages import Hello
 
 _MAX_NAME = 80
-MAX_BACKLOG = 4096  # messages kept for a frontend that does not read, before it is given up
 
 
 @dataclass(slots=True)
@@ -23,7 +20,8 @@ class Frontend:
     peer: bytes  # identity of its socket
     name: str
     pidfd: int = -1  # readable once its process is gone; -1 where it runs on another host
-    backlog: deque[msgspec.Struct] = field(default_factory=deque)
+    backlog: Backlog | None = None  # what it has yet to be sent, while it does not read
+    is_overrun: bool = False  # its backlog went beyond the bound: it has no requests until it reads
 
 
 class Frontends:

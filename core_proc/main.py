@@ -11,9 +11,11 @@ import msgspec
 from tercet import log
 from tercet.config import ProcessConfig
 from tercet.core_proc.core import Core, WorkerDiedError
+from tercet.core_proc.outbox import UNREAD_MESSAGES
 from tercet.core_proc.results import ResultError
 from tercet.core_proc.scheduler import Scheduler
 from tercet.errors import ConfigError
+from tercet.ipc.address import AddressClaim
 from tercet.ipc.channel import RouterEnd, Waiter
 from tercet.ipc.child import ChildProcess, Failed, Ready
 from tercet.ipc.messages import (
@@ -62,6 +64,15 @@ def _stop_fd() -> int:
 
 
 def _serve(config: ProcessConfig, child: ChildProcess, stop_fd: int) -> int:
+    # Claimed first: of two engines started for one address, one shall learn it before it has loaded a model.
+    claim = AddressClaim(config.frontend_address)
+    try:
+        return _serve_at(claim, config, child, stop_fd)
+    finally:
+        claim.release()
+
+
+def _serve_at(claim: AddressClaim, config: ProcessConfig, child: ChildProcess, stop_fd: int) -> int:
     with RouterEnd[WorkerToCore](config.worker_address, WorkerToCore) as workers:
         found = _await_worker(config, workers, stop_fd)
         if found is None:
@@ -70,7 +81,9 @@ def _serve(config: ProcessConfig, child: ChildProcess, stop_fd: int) -> int:
         scheduler = _make_scheduler(config, hello)
         workers.send(peer, WorkerWelcome(epoch=config.epoch, protocol_version=PROTOCOL_VERSION))
         # Bound last: the socket's existence says that the engine is ready.
-        with RouterEnd[FrontendToCore](config.frontend_address, FrontendToCore) as frontends:
+        with RouterEnd[FrontendToCore](
+            config.frontend_address, FrontendToCore, send_queue=UNREAD_MESSAGES, claim=claim
+        ) as frontends:
             core = Core(config.engine, scheduler, peer, workers, frontends, stop_fd)
             gc.collect()
             gc.freeze()  # what lives now lives to the end: later collections need not walk it

@@ -14,11 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import stat
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from socket import AF_UNIX
-from socket import socket as UnixSocket
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, cast
 
@@ -26,6 +22,7 @@ import msgspec
 import zmq
 
 from tercet.errors import ConfigError
+from tercet.ipc.address import AddressClaim, check_address, socket_path
 from tercet.ipc.codec import MAX_MESSAGE_BYTES, Buffer, Decoder, Encoder
 from tercet.ipc.errors import ClosedChannelError, PeerBusyError, PeerGoneError, WireError
 
@@ -38,42 +35,21 @@ Round trip of an array, copied or not (`benchmarks/bench_channel.py`, medians in
 
 HIGH_WATER_MARK: Final = 4096  # messages per peer and direction
 LINGER_MS: Final = 200  # how long a closing end tries to hand over what it still holds
-MAX_IPC_PATH: Final = 100  # sun_path holds 107 bytes and zmq adds to it
+_MAX_MALFORMED: Final = 256  # read in one call of a router's `recv_nowait`
 _DRAIN_BATCH: Final = 64  # messages handled in one wake-up before other callbacks get their turn
 
 In = TypeVar("In", bound=msgspec.Struct)
 
 
-def check_address(address: str) -> str:
-    """The address, if it is one that Tercet opens.
-
-    Raises:
-        ConfigError: not an ipc:// address, or its path is too long for a Unix socket.
-    """
-    scheme, _, path = address.partition("://")
-    if scheme != "ipc" or not path.startswith("/"):
-        raise ConfigError("address", f"must be ipc:///absolute/path; got {address!r}")
-    if len(path.encode()) > MAX_IPC_PATH:
-        raise ConfigError(
-            "address", f"the path of a Unix socket has at most {MAX_IPC_PATH} bytes; got {path!r}"
-        )
-    return address
-
-
-def socket_path(address: str) -> Path:
-    """The socket file of an ipc:// address."""
-    return Path(address.partition("://")[2])
-
-
 class _End(Generic[In]):
     """What all ends share: a context, a socket, an encoder and a decoder."""
 
-    def __init__(self, kind: int, address: str, inbox: Any) -> None:
+    def __init__(self, kind: int, address: str, inbox: Any, send_queue: int = HIGH_WATER_MARK) -> None:
         self.address = check_address(address)
         self._context = zmq.Context(io_threads=1)
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
-        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        socket.setsockopt(zmq.SNDHWM, send_queue)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket = socket
@@ -137,25 +113,34 @@ class _End(Generic[In]):
 class RouterEnd(_End[In]):
     """The binding end: many peers, each known by the identity of its socket."""
 
-    def __init__(self, address: str, inbox: Any) -> None:
+    def __init__(
+        self,
+        address: str,
+        inbox: Any,
+        *,
+        send_queue: int = HIGH_WATER_MARK,
+        claim: AddressClaim | None = None,
+    ) -> None:
         """Bind.
 
         Args:
             address: ipc:///path; its directory must be the caller's own, for only its mode guards the path.
             inbox: union of the messages that peers may send.
+            send_queue: messages kept for each peer that does not read, before `send` says so.
+            claim: on the address, if the caller has one already; it is this end's from now on.
 
         Raises:
             ConfigError: the address is not one that Tercet opens, or is in use.
         """
-        _check_free(check_address(address))  # zmq would silently replace whatever file is there
-        super().__init__(zmq.ROUTER, address, inbox)
+        self._claim = claim or AddressClaim(address)
+        super().__init__(zmq.ROUTER, address, inbox, send_queue)
         self.on_malformed: Callable[[bytes, WireError], None] | None = None
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            super().close()
+            self.close()
             raise ConfigError("address", f"cannot bind {address}: {error}") from None
         socket_path(address).chmod(0o600)
 
@@ -169,8 +154,14 @@ class RouterEnd(_End[In]):
         self._send_frames(peer, message)
 
     def recv_nowait(self) -> tuple[bytes, In] | None:
-        """The next message and who sent it, or None where there is none now."""
-        while frames := self._recv_frames():
+        """The next message and who sent it, or None where there is none now.
+
+        None too after many malformed ones in a row, so that who floods this end with them does not hold the caller;
+        a `Waiter` then wakes at once.
+        """
+        for _ in range(_MAX_MALFORMED):
+            if not (frames := self._recv_frames()):
+                break
             peer = bytes(frames[0].buffer)
             try:
                 return peer, self._decode(frames[1:])
@@ -184,7 +175,7 @@ class RouterEnd(_End[In]):
         """Close, and remove the socket file. Idempotent."""
         if not self.closed:
             super().close()
-            socket_path(self.address).unlink(missing_ok=True)
+            self._claim.release()
 
 
 class DealerEnd(_End[In]):
@@ -228,6 +219,8 @@ class DealerEnd(_End[In]):
 class AsyncDealerEnd(DealerEnd[In]):
     """A connecting end on an asyncio loop: messages are handed to a callback, many per wake-up.
 
+    A forked child that goes on with its parent's loop has the parent's socket too, and leaves it alone.
+
     zmq's descriptor is edge-triggered: it becomes readable once and says nothing more until the socket's
     state was read. So every wake-up drains the socket, and every send looks whether something came meanwhile.
     """
@@ -237,6 +230,7 @@ class AsyncDealerEnd(DealerEnd[In]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handler: Callable[[In], None] | None = None
         self._scheduled = False
+        self._pid = os.getpid()
 
     def start(self, handler: Callable[[In], None]) -> None:
         """From now on call `handler` on the running loop with each message, in order."""
@@ -245,6 +239,9 @@ class AsyncDealerEnd(DealerEnd[In]):
         self._schedule()
 
     def send(self, message: msgspec.Struct) -> None:
+        """As `DealerEnd.send`. Raises ClosedChannelError in a forked child."""
+        if os.getpid() != self._pid:
+            raise ClosedChannelError("this end belongs to the parent process")
         try:
             super().send(message)
         finally:  # a send that fails has read the socket's state too
@@ -270,6 +267,8 @@ class AsyncDealerEnd(DealerEnd[In]):
             self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
+        if os.getpid() != self._pid:
+            return  # what has come is the parent's to read
         self._scheduled = False
         handler = self._handler
         for _ in range(_DRAIN_BATCH):
@@ -300,38 +299,3 @@ class Waiter:
         timeout_ms = None if timeout_s is None else max(0, int(timeout_s * 1000))
         events: Iterable[tuple[Any, int]] = self._poller.poll(timeout_ms)
         return {source for source, _ in events if isinstance(source, int)}
-
-
-def is_socket(address: str) -> bool:
-    """Whether the socket file of an address exists."""
-    try:
-        return stat.S_ISSOCK(socket_path(address).stat().st_mode)
-    except OSError:
-        return False
-
-
-def is_serving(address: str) -> bool:
-    """Whether a living process listens at an address; a killed one leaves a socket file that nobody hears."""
-    with UnixSocket(AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(socket_path(address)))
-        except TimeoutError:
-            return True  # its queue of new connections is full
-        except OSError:
-            return False
-    return True
-
-
-def remove_dead_socket(address: str) -> None:
-    """Remove the socket file of an address if it is one and nobody listens there."""
-    if is_socket(address) and not is_serving(address):
-        socket_path(address).unlink(missing_ok=True)
-
-
-def _check_free(address: str) -> None:
-    path = socket_path(address)
-    if path.exists() and not is_socket(address):
-        raise ConfigError("address", f"{path} exists and is not a socket; choose another path")
-    if is_serving(address):
-        raise ConfigError("address", f"{address} is in use: another engine serves there")

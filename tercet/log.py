@@ -62,3 +62,43 @@ def configure(process_name: str, stream: TextIO | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False  # the process is ours: the root logger would print each line again
+
+
+class RepeatedWarning:
+    """A warning that anyone can set off as often as they like: the first is logged, then a count now and then."""
+
+    def __init__(self, logger: logging.Logger, interval_s: float) -> None:
+        """
+        Args:
+            interval_s: least time between two records.
+        """
+        self._logger = logger
+        self._interval_s = interval_s
+        self._logged_at = float("-inf")
+        self._count = 0  # not logged yet
+        self._last: tuple[str, tuple[object, ...]] = ("", ())
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was counted that no record tells of yet."""
+        return self._count > 0
+
+    def warn(self, now: float, message: str, *args: object) -> None:
+        """Log this, or count it where the last record is less than the interval ago.
+
+        Args:
+            now: time.monotonic().
+        """
+        self._count += 1
+        self._last = (message, args)
+        self.flush(now)
+
+    def flush(self, now: float) -> None:
+        """Log what was counted, if it is time for it."""
+        if not self._count or now - self._logged_at < self._interval_s:
+            return
+        message, args = self._last
+        if self._count > 1:
+            message, args = f"{message} (the last of %d)", (*args, self._count)
+        self._logger.warning(message, *args)
+        self._logged_at, self._count = now, 0

@@ -151,6 +151,7 @@ class Engine:
         )
         self.runner = SimulatedRunner(process)
         self.streams: dict[tuple[int, int], Stream] = {}
+        self.replaced: list[Stream] = []  # whose handle was given to another request
         self.plans: list[StepPlan] = []
         self.in_flight: deque[StepResult] = deque()
         self.now = 0.0
@@ -271,7 +272,8 @@ class Engine:
 
     def check_streams(self) -> None:
         """Every stream holds what the model says: all of it if it finished, a prefix if it was aborted."""
-        for key, stream in self.streams.items():
+        replaced = (("replaced", stream) for stream in self.replaced)
+        for key, stream in (*self.streams.items(), *replaced):
             tokens, finish = stream.expected(self.limits.max_model_len)
             if stream.failed:
                 assert stream.message.sampling.logprobs is not None, f"{key}: failed: {stream.failed}"

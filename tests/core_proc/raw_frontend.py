@@ -1,7 +1,8 @@
 """A frontend of messages alone: it attaches to a core, sends what a test tells it to, and books what comes.
 
 As a program, `python -m tests.core_proc.raw_frontend ADDRESS HANDLE MAX_TOKENS`, it asks for one request and
-prints a line for each token, so that a test can kill it in the middle.
+prints a line for each token, so that a test can kill or stop it in the middle, and in the end how many messages
+they came in and why they ended. If that was for leaving them unread, it asks for five more tokens.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class RawFrontend:
         self.finish: dict[int, Finish] = {}
         self.failures: dict[int, RequestFailed] = {}
         self.replies: dict[int, Reply] = {}
+        self.num_outputs = 0  # messages
         self.goodbye: Goodbye | None = None
         self._next_call = 1
 
@@ -132,6 +134,7 @@ class RawFrontend:
                 pass
 
     def _on_outputs(self, outputs: StepOutputs) -> None:
+        self.num_outputs += 1
         offset = outputs.offset.tolist() if outputs.offset is not None else range(len(outputs.handle) + 1)
         for i, handle in enumerate(outputs.handle.tolist()):
             stream = self.tokens[handle]
@@ -146,9 +149,19 @@ def main(address: str, handle: int, max_tokens: int) -> None:
         frontend.add(make_request(4, handle=handle, max_tokens=max_tokens))
         while not frontend.finish.get(handle):
             count = len(frontend.tokens[handle])
-            frontend.read_until(lambda count=count: len(frontend.tokens[handle]) > count)  # type: ignore[misc]
+            frontend.read_until(
+                lambda count=count: len(frontend.tokens[handle]) > count or bool(frontend.finish.get(handle))  # type: ignore[misc]
+            )
             for token in frontend.tokens[handle][count:]:
                 print(token, flush=True)
+        failure = frontend.failures.get(handle)
+        print(
+            "end", frontend.num_outputs, failure.code if failure else frontend.finish[handle].name, flush=True
+        )
+        if failure is not None and failure.code == "unread":
+            frontend.add(make_request(4, handle=handle + 1, max_tokens=5))
+            frontend.read_all_finished(handle + 1)
+            print("again", *frontend.tokens[handle + 1], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Random histories of a scheduler: whatever happens, every stream is what the model says and nothing is lost.
 
 Each history is drawn from a seed: sizes of everything, arrivals of several frontends with shared and salted
-prefixes and with the answers of earlier requests in their prompts, aborts, frontends that leave, pauses of
-every kind, cache resets, failing rows, and the moment at which each result is applied. A failure names its
-history: `play(seed, depth=…)` is the same again.
+prefixes and with the answers of earlier requests in their prompts, aborts, handles given away, frontends that
+leave, pauses of every kind, cache resets, failing rows, and the moment at which each result is applied. A failure
+names its history: `play(seed, depth=…)` is the same again.
 
 What makes a wrong schedule show: the simulated worker's tokens depend on every cache entry of their context,
 it rechecks the whole context of each row at each step (`verify`), it compares its tables with the core's at
@@ -16,6 +16,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 
 from tercet.core_proc.block_pool import BlockPool
@@ -76,7 +77,23 @@ def draw_history(seed: int) -> History:
             what = rng.choice(["leave", "reset", "pause", "pause"])
             tick.append((what, rng.choice(FRONTENDS if what == "leave" else list(PauseMode))))
         events.append(tick)
+    add_replacements(events, random.Random(seed + 10**9), prompts, max_model_len)
     return History(sizes, events, rng)
+
+
+def add_replacements(
+    events: list[list[tuple[str, Any]]], rng: random.Random, prompts: list[list[int]], max_model_len: int
+) -> None:
+    """Requests that are aborted wherever they are, preempted or in flight, and whose handles are given away at once.
+
+    Sometimes again and again in one tick: then results in flight belong to several earlier owners of a handle.
+    """
+    for tick in events:
+        while rng.random() < 0.15:
+            frontend, pick = rng.choice(FRONTENDS), rng.randrange(1000)
+            for _ in range(rng.choice([1, 1, 3])):
+                message = draw_request(rng, 1, prompts, max_model_len)
+                tick.insert(rng.randint(0, len(tick)), ("replace", (frontend, message, pick)))
 
 
 def draw_request(rng: random.Random, handle: int, prompts: list[list[int]], max_model_len: int) -> AddRequest:
@@ -133,6 +150,8 @@ def happen(engine: Engine, what: str, value: Any) -> None:
             engine.add(value[1], frontend=value[0])
         case "abort":
             engine.abort(value[1], frontend=value[0])
+        case "replace":
+            replace(engine, *value)
         case "leave":
             for (frontend, _), stream in engine.streams.items():
                 stream.aborted |= frontend == value and not stream.finish
@@ -141,6 +160,21 @@ def happen(engine: Engine, what: str, value: Any) -> None:
             engine.scheduler.reset_prefix_cache()
         case "pause":
             engine.pause(value)
+
+
+def replace(engine: Engine, frontend: int, message: AddRequest, pick: int) -> None:
+    """Abort a request, or take one that has ended, and give its handle, and those after it, to another."""
+    handles = sorted(handle for owner, handle in engine.streams if owner == frontend)
+    if not handles:
+        return
+    first = handles[pick % len(handles)]
+    last = max(handle for _, handle in engine.streams)  # what follows is for requests yet to come
+    message = msgspec.structs.replace(message, handle=first, seeds=message.seeds[: 1 + last - first])
+    for handle in range(first, first + len(message.seeds)):
+        engine.abort(handle, frontend)
+        if (old := engine.streams.pop((frontend, handle), None)) is not None:
+            engine.replaced.append(old)
+    engine.add(message, frontend)
 
 
 def turn(engine: Engine, rng: random.Random, depth: int) -> None:
@@ -187,7 +221,9 @@ def test_histories_reach_the_rare_places() -> None:
     assert sum(c.num_preemptions for c in counters) > 20
     assert sum(c.prefix_cache_hits for c in counters) > 500
     assert sum(c.num_aborted for c in counters) > 20
-    streams = [stream for engine in engines for stream in engine.streams.values()]
+    replaced = [stream for engine in engines for stream in engine.replaced]
+    assert sum(stream.aborted and bool(stream.tokens) for stream in replaced) > 10
+    streams = [stream for engine in engines for stream in (*engine.streams.values(), *engine.replaced)]
     assert {stream.finish for stream in streams} == set(Finish)
 
 

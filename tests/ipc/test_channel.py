@@ -19,18 +19,14 @@ import uvloop
 import zmq
 
 from tercet.errors import ConfigError
+from tercet.ipc.address import MAX_IPC_PATH, check_address, is_serving, is_socket, socket_path
 from tercet.ipc.channel import (
     COPY_BYTES,
     HIGH_WATER_MARK,
-    MAX_IPC_PATH,
     AsyncDealerEnd,
     DealerEnd,
     RouterEnd,
     Waiter,
-    check_address,
-    is_serving,
-    is_socket,
-    socket_path,
 )
 from tercet.ipc.codec import INLINE_BYTES, Encoder
 from tercet.ipc.errors import ClosedChannelError, PeerBusyError, PeerGoneError, WireError
@@ -607,6 +603,53 @@ def test_a_failed_send_keeps_the_arrivals_it_found(loop: str, address: str) -> N
 
     with RouterEnd[Any](address, FrontendToCore) as router:
         run_async(loop, lambda: main(router))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_forked_child_leaves_the_messages_to_its_parent(loop: str, address: str) -> None:
+    """A child that goes on with its parent's loop would be called for the parent's messages."""
+    received: list[int] = []
+
+    def leaves_it_alone(dealer: AsyncDealerEnd[Any]) -> bool:
+        dealer._drain()
+        try:
+            dealer.send(beat(99))
+        except ClosedChannelError as error:
+            return "parent" in str(error) and not received
+        return False
+
+    def exit_code_of_child(dealer: AsyncDealerEnd[Any]) -> int:
+        if not (pid := os.fork()):
+            code = 2
+            try:
+                code = 0 if leaves_it_alone(dealer) else 1
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    async def main(router: RouterEnd[Any]) -> None:
+        with AsyncDealerEnd[Any](address, CoreToFrontend) as dealer:
+            dealer.send(beat(0))
+            peer = receive(router, 1)[0][0]
+            done = asyncio.Event()
+
+            def on_message(message: Any) -> None:
+                received.append(message.epoch)
+                if len(received) == 5:
+                    done.set()
+
+            dealer.start(on_message)
+            for number in range(5):
+                router.send(peer, beat(number))
+            assert dealer._socket.poll(TIMEOUT_S * 1000)
+            assert exit_code_of_child(dealer) == 0
+            async with asyncio.timeout(TIMEOUT_S):
+                await done.wait()
+
+    with RouterEnd[Any](address, FrontendToCore) as router:
+        run_async(loop, lambda: main(router))
+        assert router.recv_nowait() is None
+    assert received == list(range(5))
 
 
 # ------------------------------------------------------------------------------------ nothing left
