@@ -13,26 +13,30 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
+from typing import Final, Literal, Self, TypeAlias, TypeVar
 
 from tercet.config import AsyncEngineArgs, EngineArgs
 from tercet.errors import EngineClosedError, EngineDeadError, EngineError, TercetError, ValidationError
 from tercet.frontend.client import CoreClient
+from tercet.frontend.connecting import Connecting
+from tercet.frontend.drain import wait_until_idle
+from tercet.frontend.engine_end import death_notice, is_running_loop, release
 from tercet.frontend.input_processor import InputProcessor, PreparedRequest
 from tercet.frontend.inputs import ParsedPrompt, PromptType, parse_prompt
 from tercet.frontend.launcher import EngineProcesses
 from tercet.frontend.metrics import Metric, StatsLogger, metrics_of, stats_line
+from tercet.frontend.model_config import ModelConfig
 from tercet.frontend.output_processor import RequestState
 from tercet.frontend.outputs import RequestOutput
 from tercet.frontend.sampling_params import SamplingParams
 from tercet.frontend.stream import RequestStream
 from tercet.frontend.tokenizer import Tokenizer
 from tercet.frontend.tokenizer_bundle import TokenizerBundle
-from tercet.frontend.validation import check_str
+from tercet.frontend.validation import check_profile_prefix, check_str
 from tercet.ipc.messages import (
     GetStats,
     Limits,
@@ -41,7 +45,9 @@ from tercet.ipc.messages import (
     PauseMode,
     ResetPrefixCache,
     ResumeGeneration,
+    StartProfile,
     Stats,
+    StopProfile,
     Welcome,
 )
 from tercet.log import get_logger
@@ -109,8 +115,8 @@ class AsyncLLM:
         if log_stats:
             self._client.on_stats = StatsLogger().observe
         if processes is not None:
-            processes.on_death = _death_notice(weakref.ref(self))
-        self._release = weakref.finalize(self, _release, self._client, processes, self._pool)
+            processes.on_death = death_notice(weakref.ref(self._client))
+        self._release = weakref.finalize(self, release, self._client, processes, self._pool)
 
     # ---- start and stop
 
@@ -215,7 +221,7 @@ class AsyncLLM:
 
     def _close_client(self) -> None:
         loop = self._loop
-        if loop is None or not loop.is_running() or _is_current(loop):
+        if loop is None or not loop.is_running() or is_running_loop(loop):
             self._client.close()
             return
         done = threading.Event()
@@ -269,8 +275,8 @@ class AsyncLLM:
         """
         stream = await self.add_request(prompt, sampling_params, request_id, priority=priority)
         try:
-            while not stream.finished:
-                yield await stream.get()
+            async for output in stream:
+                yield output
         finally:
             stream.close()
 
@@ -411,6 +417,26 @@ class AsyncLLM:
         return self._started().model
 
     @property
+    def model_config(self) -> ModelConfig:
+        """The model under vLLM's names. Known before `start` for an engine of one's own; else as `model_info`."""
+        if self._processor is None and self._processes is not None:
+            return ModelConfig.of_engine(self._processes.config)
+        return ModelConfig.of_attached(self.model_info, self.limits)
+
+    async def get_model_config(self) -> ModelConfig:
+        """`model_config`, once attached."""
+        await self.start()
+        return self.model_config
+
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        """What the engine can be asked for: ('generate',)."""
+        return ("generate",)
+
+    async def is_tracing_enabled(self) -> bool:
+        """Whether requests are traced through OpenTelemetry: False, the engine does not do so yet."""
+        return False
+
+    @property
     def limits(self) -> Limits:
         """What the engine accepts. Raises as `model_info`."""
         return self._started().limits
@@ -472,6 +498,10 @@ class AsyncLLM:
             raise EngineError("the engine gave no figures")
         return stats
 
+    async def wait_for_requests_to_drain(self, drain_timeout: float = 300) -> None:
+        """Return once nothing runs or waits, of whichever frontend. Raises TimeoutError after so many seconds."""
+        await wait_until_idle(self._get_stats, self.get_num_unfinished_requests, drain_timeout)
+
     # ---- calls
 
     async def reset_prefix_cache(self) -> bool:
@@ -506,31 +536,22 @@ class AsyncLLM:
         self._client.check_process()
         return self._paused
 
+    async def start_profile(self, prefix: str | None = None) -> None:
+        """Trace the worker's steps from now on, into a file in TERCET_TORCH_PROFILER_DIR.
 
-class Connecting:
-    """What `AsyncLLM.connect` returns: to be awaited, or entered with `async with`."""
+        Args:
+            prefix: of the file's name.
 
-    def __init__(self, engine: AsyncLLM) -> None:
-        self._engine = engine
+        Raises:
+            EngineError: the engine was started without that variable, or a profile is being made already.
+        """
+        await self.start()
+        await self._client.call(StartProfile(prefix=check_profile_prefix("" if prefix is None else prefix)))
 
-    def __await__(self) -> Generator[Any, None, AsyncLLM]:
-        return self._started().__await__()
-
-    async def __aenter__(self) -> AsyncLLM:
-        return await self._started()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self._engine.aclose()
-
-    async def _started(self) -> AsyncLLM:
-        try:
-            await self._engine.start()
-        except BaseException:
-            self._engine.shutdown()
-            raise
-        return self._engine
+    async def stop_profile(self) -> None:
+        """End the trace; returns once its file is written. Raises EngineError if none is being made."""
+        await self.start()
+        await self._client.call(StopProfile())
 
 
 def _make_processor(welcome: Welcome) -> InputProcessor:
@@ -559,41 +580,3 @@ def _log_finish(request: RequestState) -> None:
         len(request.prompt_token_ids),
         num_tokens,
     )
-
-
-def _is_current(loop: asyncio.AbstractEventLoop) -> bool:
-    try:
-        return asyncio.get_running_loop() is loop
-    except RuntimeError:
-        return False
-
-
-def _death_notice(engine: weakref.ref[AsyncLLM]) -> Callable[[str], None]:
-    """For the supervisor's thread. Holds the engine weakly, so that a forgotten one can be collected."""
-
-    def on_death(problem: str) -> None:
-        if (alive := engine()) is not None:
-            loop, client = alive._loop, alive._client
-            if loop is None or not loop.is_running():
-                client.die(problem)
-                return
-            try:
-                loop.call_soon_threadsafe(client.die, problem)
-            except RuntimeError:  # closed meanwhile
-                pass
-
-    return on_death
-
-
-def _release(client: CoreClient, processes: EngineProcesses | None, pool: ThreadPoolExecutor) -> None:
-    """What is left to do for an engine that was dropped, or is alive at exit, without `shutdown`."""
-    if client.is_forked:
-        return  # a child's exit, or its dropped copy: all of this is the parent's
-    loop = client.loop
-    if loop is not None and loop.is_running() and not _is_current(loop):
-        loop.call_soon_threadsafe(client.close)
-    else:
-        client.close()
-    if processes is not None:
-        processes.stop()
-    pool.shutdown(wait=False, cancel_futures=True)

@@ -12,8 +12,9 @@ import msgspec
 
 from tercet.errors import ValidationError
 from tercet.frontend.async_llm import AsyncLLM, NewRequest
+from tercet.frontend.flat_logprobs import Logprob
 from tercet.frontend.inputs import PromptType, TokensPrompt, parse_prompt
-from tercet.frontend.outputs import FinishReason, RequestOutput, SampleLogprobs
+from tercet.frontend.outputs import FinishReason, RequestOutput
 from tercet.frontend.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 
@@ -29,7 +30,7 @@ class BeamSearchSequence(msgspec.Struct):
     """
 
     tokens: list[int]
-    logprobs: SampleLogprobs
+    logprobs: list[dict[int, Logprob]]
     cum_logprob: float = 0.0
     text: str | None = None
     finish_reason: FinishReason | None = None

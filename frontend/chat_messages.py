@@ -19,6 +19,9 @@ ContentForm: TypeAlias = Literal["string", "parts", "either"]
 
 _MAX_DEPTH = 64
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
+# What says nothing by itself: a message that has no more than these must have content.
+_FRAME = frozenset({"role", "content", "name", "tool_call_id"})
+_TEXT_EXAMPLE = '"Hello" or [{"type": "text", "text": "Hello"}]'
 # The names that a message's reasoning goes by. Templates read the first or, gpt-oss, the second.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -68,8 +71,10 @@ def _normalize(message: Any, field: str, form: ContentForm) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValidationError(field, f"must be an object with role and content; got {shown(message)}")
     plain: dict[str, Any] = plain_data(message, field)
-    if not isinstance(plain.get("role"), str):
-        raise ValidationError(f"{field}.role", f"must be a string; got {shown(plain.get('role'))}")
+    _check_role(plain, f"{field}.role")
+    if plain.get("content") is None and not any(plain[name] for name in plain.keys() - _FRAME):
+        what = "is null" if "content" in plain else "is missing"
+        raise ValidationError(f"{field}.content", f"{what}; give text, such as {_TEXT_EXAMPLE}")
     if "content" in plain:
         plain["content"] = _content(plain["content"], f"{field}.content", form)
     for index, call in enumerate(plain.get("tool_calls") or ()):
@@ -80,13 +85,20 @@ def _normalize(message: Any, field: str, form: ContentForm) -> dict[str, Any]:
     return plain
 
 
+def _check_role(message: dict[str, Any], field: str) -> None:
+    if not message.get("role") or not isinstance(message["role"], str):
+        got = f"got {shown(message['role'])}" if "role" in message else "it is missing"
+        raise ValidationError(field, f"must be a string such as 'system', 'user' or 'assistant'; {got}")
+
+
 def _content(content: Any, field: str, form: ContentForm) -> Any:
     if content is None:
         return None
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if form == "parts" else content
     if not isinstance(content, list):
-        raise ValidationError(field, f"must be a string or a list of parts; got {shown(content)}")
+        problem = f"must be a string or a list of parts, such as {_TEXT_EXAMPLE}; got {shown(content)}"
+        raise ValidationError(field, problem)
     texts = [_part_text(part, f"{field}[{index}]") for index, part in enumerate(content)]
     return "\n".join(texts) if form == "string" else [{"type": "text", "text": text} for text in texts]
 
@@ -95,16 +107,18 @@ def _part_text(part: Any, field: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise ValidationError(field, f"must be an object with a type; got {shown(part)}")
+        problem = f'must be an object such as {{"type": "text", "text": "Hello"}}; got {shown(part)}'
+        raise ValidationError(field, problem)
     kind = part.get("type", "text")
-    if kind not in _TEXT_PARTS:
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise ValidationError(
             f"{field}.type",
             f"is {shown(kind)}, but this model takes text only ({', '.join(sorted(_TEXT_PARTS))})",
         )
-    text = part.get("refusal" if kind == "refusal" else "text")
+    name = "refusal" if kind == "refusal" else "text"
+    text = part.get(name)
     if not isinstance(text, str):
-        raise ValidationError(f"{field}.text", f"must be a string; got {shown(text)}")
+        raise ValidationError(f"{field}.{name}", f"must be a string; got {shown(text)}")
     return text
 
 

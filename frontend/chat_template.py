@@ -213,11 +213,19 @@ def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
     except _Refusal as refusal:
         raise ChatTemplateError("messages", f"refused by the chat template: {refusal.message}") from None
     except Exception as error:  # whatever a template does wrong is an error of this request
-        problem = f"the chat template failed: {type(error).__name__}: {error}"
-        raise ChatTemplateError("messages", problem) from None
+        raise _failure(error, variables["messages"]) from None
     finally:
         _deadline_s.reset(token)
     return "".join(pieces)
+
+
+def _failure(error: Exception, chat: Sequence[Mapping[str, Any]]) -> ChatTemplateError:
+    """The usual cause by its name: text that the template takes for granted where a message has none."""
+    for index, message in enumerate(chat):
+        if message.get("content") is None:
+            problem = 'this model\'s chat template cannot do without it; give text, "" where there is none'
+            return ChatTemplateError(f"messages[{index}].content", f"{problem} ({error})")
+    return ChatTemplateError("messages", f"the chat template failed: {type(error).__name__}: {error}")
 
 
 def _checked_kwargs(kwargs: Mapping[str, Any], special_tokens: Mapping[str, object]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from tercet.errors import (
     ValidationError,
 )
 from tercet.frontend.output_processor import OutputProcessor
-from tercet.ipc.channel import AsyncDealerEnd, is_socket
+from tercet.ipc.address import check_address, is_socket
+from tercet.ipc.channel import AsyncDealerEnd
 from tercet.ipc.errors import ClosedChannelError, PeerUnreachableError
 from tercet.ipc.host import host_id
 from tercet.ipc.messages import (
@@ -118,11 +119,11 @@ class CoreClient:
                 that this process started has a supervisor, which knows more.
 
         Raises:
-            ConfigError: no engine listens there.
+            ConfigError: it is no address, or no engine listens there.
             EngineError: it does not answer, or speaks another protocol.
         """
         self.check_process()
-        if not is_socket(self.address):
+        if not is_socket(check_address(self.address)):
             problem = f"no engine listens at {self.address}; start one with `tercet engine --address`"
             raise ConfigError("address", problem)
         self._loop = asyncio.get_running_loop()

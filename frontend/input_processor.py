@@ -149,8 +149,8 @@ class InputProcessor:
             arrival_s=arrival_s,
             make_text=self._text_maker(params, ids),
             has_stop_strings=bool(params.stop),
-            reader=self._reader(params.logprobs),
-            prompt_reader=self._reader(params.prompt_logprobs),
+            reader=self._reader(params.logprobs, params.flat_logprobs),
+            prompt_reader=self._reader(params.prompt_logprobs, params.flat_logprobs),
         )
 
     # ---- the prompt
@@ -269,11 +269,11 @@ class InputProcessor:
 
     # ---- what the way back needs
 
-    def _reader(self, asked: int | None) -> LogprobsReader | None:
+    def _reader(self, asked: int | None, flat: bool) -> LogprobsReader | None:
         count = self._num_logprobs(asked)
         if count is None:
             return None
-        return LogprobsReader(count, self._token_text if self.tokenizer is not None else None)
+        return LogprobsReader(count, self._token_text if self.tokenizer is not None else None, flat)
 
     def _token_text(self, token_id: int) -> str:
         text = self._token_texts.get(token_id)

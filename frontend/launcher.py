@@ -14,7 +14,7 @@ import msgspec
 from tercet.config import EngineConfig, ProcessConfig
 from tercet.errors import StartupError
 from tercet.frontend.bundle_files import prepare_files
-from tercet.ipc.channel import check_address, is_serving, remove_dead_socket
+from tercet.ipc.address import check_address, is_serving, remove_dead_socket
 from tercet.ipc.child import Progress
 from tercet.ipc.errors import CannotStartError
 from tercet.ipc.process import ProcessSpec
@@ -57,6 +57,11 @@ class EngineProcesses:
         self.address = address or self._directory.address("core")
         self._supervisor: Supervisor | None = None
         self._started = False  # so that the address is ours to clean up
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the processes are started with."""
+        return self._config
 
     @property
     def pids(self) -> dict[str, int]:

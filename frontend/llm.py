@@ -13,34 +13,29 @@ import difflib
 import os
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 import msgspec
 
 from tercet.config import NEUTRAL, EngineArgs, is_neutral
 from tercet.errors import ConfigError, EngineClosedError, ValidationError
 from tercet.frontend.async_llm import AsyncLLM, NewRequest
+from tercet.frontend.batches import Pending, generate_all
 from tercet.frontend.beam_search import BeamSearchOutput, beam_search
 from tercet.frontend.client import forked_error
 from tercet.frontend.input_processor import derive_child_seed
 from tercet.frontend.inputs import PromptType, as_prompts
 from tercet.frontend.metrics import Metric
-from tercet.frontend.output_processor import RequestState
+from tercet.frontend.model_config import ModelConfig
 from tercet.frontend.outputs import RequestOutput
 from tercet.frontend.progress import Progress, UseTqdm
 from tercet.frontend.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from tercet.frontend.status_line import StatusLine
-from tercet.frontend.stream import RequestStream
 from tercet.frontend.tokenizer import Tokenizer
 from tercet.frontend.validation import shown
 from tercet.ipc.messages import ModelInfo
-
-MAX_UNFINISHED: Final = 4096
-"""Completions that `generate` has at the core at a time: enough to choose from, within its queue's bound."""
-
-CHUNK: Final = 16  # prompts tokenized at a time, while earlier ones are computed
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -80,6 +75,7 @@ class LLM:
         self._num_requests = 0
         with StatusLine() as status:
             self._engine = AsyncLLM.from_engine_args(engine_args, progress=status.show)
+        self._pending = Pending(self._engine)
         self._thread = _LoopThread()
         # Runs at exit too, and never twice; holds no reference to this object.
         self._finalizer = weakref.finalize(self, _close, self._engine, self._thread)
@@ -121,6 +117,45 @@ class LLM:
         requests = self._pair(many, sampling_params, priority)
         return self._generate(requests, use_tqdm, add_special_tokens=True)
 
+    def enqueue(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: UseTqdm = True,
+    ) -> list[str]:
+        """Send prompts without waiting for their completions; `wait_for_completion` collects them.
+
+        Returns once all are at the engine, which it may have to make room for. Arguments are those of
+        `generate`; the progress bar counts what is sent.
+
+        Returns: the request ids, which the outputs have again.
+
+        Raises:
+            ValidationError: a prompt or parameter is wrong: none of this call is pending then.
+        """
+        _check_only("lora_request", lora_request, None)
+        requests = self._pair(as_prompts(prompts), sampling_params, priority)
+        with Progress(use_tqdm, len(requests), "Adding requests") as progress:
+            return self._thread.run(self._pending.add(requests, progress))
+
+    def wait_for_completion(
+        self, output_type: type[RequestOutput] | None = None, *, use_tqdm: UseTqdm = True
+    ) -> list[RequestOutput]:
+        """Wait for all that was enqueued; outputs come in the order in which it was.
+
+        Args:
+            output_type: for callers that name it; only RequestOutput is made yet.
+            use_tqdm: as for `generate`.
+
+        Raises: as `generate`; what was enqueued is aborted then.
+        """
+        if output_type not in (None, RequestOutput):
+            raise ValidationError("output_type", f"must be RequestOutput or None; got {shown(output_type)}")
+        with Progress(use_tqdm, len(self._pending), "Processed prompts") as progress:
+            return self._thread.run(self._pending.collect(progress))
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
@@ -155,12 +190,11 @@ class LLM:
         _check_only("chat_template_content_format", chat_template_content_format, "auto")
         if not isinstance(messages, (list, tuple)):
             raise ValidationError("messages", f"must be a list of messages; got {shown(messages)}")
-        conversations: Sequence[Any] = (
-            [messages] if messages and isinstance(messages[0], Mapping) else messages
-        )
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
         tokenizer = self.get_tokenizer()
-        prompts: list[PromptType] = [
-            str(
+
+        def render(conversation: Any) -> PromptType:
+            return str(
                 tokenizer.apply_chat_template(
                     conversation,
                     tools=tools,
@@ -171,8 +205,8 @@ class LLM:
                     **(chat_template_kwargs or {}),
                 )
             )
-            for conversation in conversations
-        ]
+
+        prompts = [render(messages)] if is_one else _each(messages, render)
         requests = self._pair(prompts, sampling_params, priority)
         return self._generate(requests, use_tqdm, add_special_tokens=False)
 
@@ -219,7 +253,7 @@ class LLM:
         self, requests: list[NewRequest], use_tqdm: UseTqdm, add_special_tokens: bool
     ) -> list[RequestOutput]:
         with Progress(use_tqdm, len(requests), "Processed prompts") as progress:
-            return self._thread.run(_generate_all(self._engine, requests, progress, add_special_tokens))
+            return self._thread.run(generate_all(self._engine, requests, progress, add_special_tokens))
 
     # ---- the engine
 
@@ -227,6 +261,11 @@ class LLM:
     def model_info(self) -> ModelInfo:
         """The model's name, context length, vocabulary and so on."""
         return self._engine.model_info
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model under vLLM's names."""
+        return self._engine.model_config
 
     @property
     def address(self) -> str:
@@ -244,6 +283,14 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         """Forget every cached block that no running request holds; True if that were all of them."""
         return self._thread.run(self._engine.reset_prefix_cache())
+
+    def start_profile(self, prefix: str | None = None) -> None:
+        """Trace the worker's steps from now on: see `AsyncLLM.start_profile`."""
+        self._thread.run(self._engine.start_profile(prefix))
+
+    def stop_profile(self) -> None:
+        """End the trace; returns once its file is written."""
+        self._thread.run(self._engine.stop_profile())
 
     def get_metrics(self) -> list[Metric]:
         """Every gauge and counter of the engine, as of now."""
@@ -328,54 +375,6 @@ async def _cancel_others() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _generate_all(
-    engine: AsyncLLM, requests: Sequence[NewRequest], progress: Progress, add_special_tokens: bool
-) -> list[RequestOutput]:
-    """Send every request, in order and as the window has room, and collect the outputs in the same order."""
-    streams: list[RequestStream] = []
-    window = _Window(MAX_UNFINISHED, progress)
-    try:
-        for start in range(0, len(requests), CHUNK):
-            chunk = requests[start : start + CHUNK]
-            await window.wait_for_room()
-            added = await engine.add_requests(chunk, add_special_tokens=add_special_tokens)
-            streams += added
-            for stream, request in zip(added, chunk, strict=True):
-                window.enter(stream, request.params.n)
-            await asyncio.sleep(0)  # prompts of token ids are prepared in place: let outputs in between
-        return [await stream.get() for stream in streams]
-    finally:
-        for stream in streams:
-            stream.close()
-
-
-class _Window:
-    """How many completions are at the core, and a place to wait until there is room for more."""
-
-    def __init__(self, size: int, progress: Progress) -> None:
-        self._size = size
-        self._progress = progress
-        self._used = 0
-        self._room = asyncio.Event()
-        self._room.set()
-
-    async def wait_for_room(self) -> None:
-        await self._room.wait()
-
-    def enter(self, stream: RequestStream, n: int) -> None:
-        self._used += n
-        if self._used >= self._size:
-            self._room.clear()
-        stream.add_finish_callback(lambda request: self._leave(request, n))
-
-    def _leave(self, request: RequestState, n: int) -> None:
-        self._used -= n
-        if self._used < self._size or request.error is not None:  # after an error nobody may wait for room
-            self._room.set()
-        num_tokens = sum(len(child.token_ids) for child in request.children)
-        self._progress.finished(len(request.prompt_token_ids), num_tokens)
-
-
 async def _beam_search_all(
     engine: AsyncLLM, prompts: Sequence[PromptType], params: BeamSearchParams, progress: Progress
 ) -> list[BeamSearchOutput]:
@@ -396,6 +395,20 @@ def _engine_args(model: str | None, engine_args: Mapping[str, Any]) -> EngineArg
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(name, f"is no engine argument{hint}")
     return EngineArgs(model=model, **given)
+
+
+def _each(conversations: Sequence[Any], render: Callable[[Any], PromptType]) -> list[PromptType]:
+    """Render conversations; an error names the one that is wrong."""
+    prompts = []
+    for index, conversation in enumerate(conversations):
+        try:
+            prompts.append(render(conversation))
+        except ValidationError as error:
+            if not error.field.startswith("messages"):
+                raise
+            field = f"messages[{index}]{error.field.removeprefix('messages')}"
+            raise type(error)(field, error.problem) from None
+    return prompts
 
 
 def _check_only(field: str, value: object, supported: str | None) -> None:

@@ -10,28 +10,9 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from tercet.frontend.flat_logprobs import PromptLogprobs, SampleLogprobs
+
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
-
-
-class Logprob(msgspec.Struct, gc=False):
-    """Log-probability of one token at one position.
-
-    Attributes:
-        logprob: natural logarithm of the probability.
-        rank: 1 is the most likely token; None where it is not known.
-        decoded_token: the token's text on its own; None without a tokenizer.
-    """
-
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
-
-
-SampleLogprobs: TypeAlias = list[dict[int, Logprob]]
-"""For each output token: token id -> Logprob, the chosen token first, then the most likely, best first."""
-
-PromptLogprobs: TypeAlias = list[dict[int, Logprob] | None]
-"""The same for each token of the prompt; the first, which nothing precedes, has None."""
 
 
 class CompletionOutput(msgspec.Struct, gc=False):
@@ -123,7 +104,8 @@ class RequestOutput(msgspec.Struct, gc=False):
 def _joined(first: CompletionOutput, second: CompletionOutput) -> CompletionOutput:
     logprobs = None
     if first.logprobs is not None and second.logprobs is not None:
-        logprobs = first.logprobs + second.logprobs
+        logprobs = first.logprobs[:]
+        logprobs.extend(second.logprobs)
     return CompletionOutput(
         index=first.index,
         text=first.text + second.text,

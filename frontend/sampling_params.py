@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import msgspec
 
+from tercet import sampling_ranges as ranges
 from tercet.errors import ValidationError
 from tercet.frontend import validation as v
 
 GREEDY_TEMPERATURE: Final = 1e-5  # below this, argmax
 MIN_TEMPERATURE: Final = 1e-2  # raised to this, lest logits / temperature overflow
-MAX_LOGIT_BIAS: Final = 100.0
 
 
 class RequestOutputKind(enum.IntEnum):
@@ -33,7 +33,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
     Attributes:
         n: completions per prompt, 1 to 16384; 1 where sampling is greedy.
         presence_penalty, frequency_penalty: [-2, 2], subtracted from logits of tokens already generated.
-        repetition_penalty: > 0; logits of tokens in prompt and output are divided (or multiplied) by it.
+        repetition_penalty: [0.001, 1000]; logits of tokens in prompt and output are divided (or multiplied) by it.
         temperature: [0, 2]. Below 1e-5 is greedy (top_p, top_k and min_p then have no effect);
             otherwise values below 0.01 are raised to 0.01.
         top_p: (0, 1].
@@ -47,12 +47,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
         min_tokens: output tokens before anything but max_tokens may end the completion.
         logprobs: number of most likely tokens reported beside each chosen one; -1 is the whole vocabulary.
         prompt_logprobs: the same for the tokens of the prompt.
+        flat_logprobs: report both as a `FlatLogprobs`, a few long lists instead of a dict per token.
         detokenize: False leaves every text empty.
         skip_special_tokens, spaces_between_special_tokens: how tokens become text.
         include_stop_str_in_output: keep the stop string (or the text of the stop token) in the text.
         output_kind: see `RequestOutputKind`.
         stream_interval: tokens between two outputs of a stream (the first comes at once); None is 1.
-        logit_bias: token id -> number added to its logit.
+        logit_bias: token id -> number of [-100, 100], added to its logit.
         allowed_token_ids: no other token is generated.
         bad_words: words that are not generated.
         skip_reading_prefix_cache: compute the whole prompt; None does so only for prompt_logprobs.
@@ -81,6 +82,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    flat_logprobs: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -101,7 +103,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
     prompt_logprob_start: Any = None
     trace_decode_token_ids: Any = None
     routed_experts_prompt_start: Any = None
-    flat_logprobs: Any = False
     watermarking: Any = None
     extra_args: Any = None
 
@@ -166,12 +167,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
 
     def _check_sampling(self) -> None:
         self.n = v.check_int("n", self.n, 1, v.MAX_CHILDREN)
-        self.presence_penalty = v.check_float("presence_penalty", self.presence_penalty, -2, 2)
-        self.frequency_penalty = v.check_float("frequency_penalty", self.frequency_penalty, -2, 2)
-        self.repetition_penalty = v.check_float("repetition_penalty", self.repetition_penalty, 0)
-        if self.repetition_penalty == 0:
-            raise ValidationError("repetition_penalty", "must be greater than 0; 1 is no penalty")
-        self.temperature = v.check_float("temperature", self.temperature, 0, 2)
+        for name, limits in _RANGES:
+            setattr(self, name, v.check_float(name, getattr(self, name), *limits))
         self.top_p = v.check_float("top_p", self.top_p, 0, 1)
         if self.top_p == 0:
             raise ValidationError("top_p", "must be greater than 0; 1 is all tokens")
@@ -220,6 +217,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, v.check_int(name, value, -1))
+        v.check_bool("flat_logprobs", self.flat_logprobs)
         v.check_bool("skip_special_tokens", self.skip_special_tokens)
         v.check_bool("spaces_between_special_tokens", self.spaces_between_special_tokens)
         v.check_bool("skip_clone", self.skip_clone)
@@ -238,7 +236,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
                 )
                 raise ValidationError("logit_bias", problem)
             self.logit_bias = {
-                v.check_int("logit_bias", token_id, 0): v.check_float(f"logit_bias[{token_id}]", bias)
+                v.check_int("logit_bias", token_id, 0): v.check_float(
+                    f"logit_bias[{token_id}]", bias, *ranges.LOGIT_BIAS
+                )
                 for token_id, bias in self.logit_bias.items()
             }
         if self.allowed_token_ids is not None:
@@ -257,6 +257,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, repr_omit_defaults=True):
                 raise ValidationError(name, f"is not supported yet; leave it unset (got {v.shown(value)})")
 
 
+_RANGES: Final = (
+    ("presence_penalty", ranges.PENALTY),
+    ("frequency_penalty", ranges.PENALTY),
+    ("repetition_penalty", ranges.REPETITION_PENALTY),
+    ("temperature", ranges.TEMPERATURE),
+)
+
 _UNSUPPORTED: Final = (
     "structured_outputs",
     "thinking_token_budget",
@@ -266,7 +273,6 @@ _UNSUPPORTED: Final = (
     "prompt_logprob_start",
     "trace_decode_token_ids",
     "routed_experts_prompt_start",
-    "flat_logprobs",
     "watermarking",
     "extra_args",
 )
@@ -318,5 +324,6 @@ def _clamped_logit_bias(logit_bias: Any) -> dict[int, float]:
         except (TypeError, ValueError):
             raise ValidationError("logit_bias", f"keys must be token ids; got {v.shown(key)}") from None
         number = v.check_float(f"logit_bias[{token_id}]", bias)
-        clamped[token_id] = min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, number))
+        low, high = ranges.LOGIT_BIAS
+        clamped[token_id] = min(high, max(low, number))
     return clamped

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterable
 from typing import Any, Final
 
 from tercet.errors import ValidationError
+from tercet.ipc.messages import PROFILE_PREFIX
 
 MAX_CHILDREN: Final = 16384  # n
 MAX_STOP_STRINGS: Final = 128
@@ -107,3 +109,10 @@ def check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> No
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise ValidationError(field, f"token id {token_id} is outside the vocabulary [0, {vocab_size})")
+
+
+def check_profile_prefix(prefix: Any) -> str:
+    """The beginning of a trace's file name: what StartProfile takes."""
+    if not isinstance(prefix, str) or not re.fullmatch(PROFILE_PREFIX, prefix):
+        raise ValidationError("prefix", f"must match {PROFILE_PREFIX}; got {shown(prefix)}")
+    return prefix

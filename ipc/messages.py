@@ -188,7 +188,31 @@ class CheckInvariants(Part, frozen=True, tag=True):
     """Recount blocks and rows. Value: True; a fault in the accounts comes back as the reply's error."""
 
 
-CallBody: TypeAlias = ResetPrefixCache | PauseGeneration | ResumeGeneration | GetStats | CheckInvariants
+class StartProfile(Part, frozen=True, tag=True):
+    """Trace the worker from its next step on. The core passes it on; TERCET_TORCH_PROFILER_DIR allows it.
+
+    `prefix` begins the trace's file name: PROFILE_PREFIX.
+    """
+
+    prefix: str = ""
+
+
+class StopProfile(Part, frozen=True, tag=True):
+    """End the trace; replied to once its file is written. The core passes it on."""
+
+
+PROFILE_PREFIX = r"[A-Za-z0-9._-]{0,64}"
+"""What StartProfile's prefix may be: it goes into a file name."""
+
+CallBody: TypeAlias = (
+    ResetPrefixCache
+    | PauseGeneration
+    | ResumeGeneration
+    | GetStats
+    | CheckInvariants
+    | StartProfile
+    | StopProfile
+)
 
 
 class Call(Message, frozen=True, kw_only=True):
@@ -295,7 +319,8 @@ class Started(Part, frozen=True, kw_only=True):
 
 
 class StepOutputs(Message, frozen=True, kw_only=True):
-    """core -> frontend, answers AddRequest. One per step for each frontend that has tokens in it.
+    """core -> frontend, answers AddRequest. One per step for each frontend that has tokens in it, or one for
+    many steps to a frontend that did not read meanwhile.
 
     Request i got tokens [offset[i], offset[i + 1]) (one each where offset is absent), the first of which
     is its output number first_index[i].
@@ -324,7 +349,7 @@ class RequestFailed(Message, frozen=True, kw_only=True):
     message: str
 
 
-FAILURE_CODES = ("invalid", "queue_full", "unsupported", "internal", "paused", "shutdown")
+FAILURE_CODES = ("invalid", "queue_full", "unsupported", "internal", "paused", "shutdown", "unread")
 
 
 class Stats(Message, frozen=True, kw_only=True):

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     )
     from tercet.frontend.async_llm import AsyncLLM
     from tercet.frontend.async_llm import AsyncLLM as AsyncLLMEngine
+    from tercet.frontend.flat_logprobs import FlatLogprobs, Logprob
     from tercet.frontend.inputs import PromptType, TextPrompt, TokensPrompt
     from tercet.frontend.llm import LLM
-    from tercet.frontend.outputs import CompletionOutput, Logprob, RequestOutput
+    from tercet.frontend.outputs import CompletionOutput, RequestOutput
     from tercet.frontend.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "EngineClosedError",
     "EngineDeadError",
     "EngineError",
+    "FlatLogprobs",
     "Logprob",
     "ModelNotFoundError",
     "PromptType",
@@ -77,7 +79,8 @@ _MODULES = {
     "tercet.frontend.async_llm": ("AsyncLLM",),
     "tercet.frontend.inputs": ("PromptType", "TextPrompt", "TokensPrompt"),
     "tercet.frontend.llm": ("LLM",),
-    "tercet.frontend.outputs": ("CompletionOutput", "Logprob", "RequestOutput"),
+    "tercet.frontend.flat_logprobs": ("FlatLogprobs", "Logprob"),
+    "tercet.frontend.outputs": ("CompletionOutput", "RequestOutput"),
     "tercet.frontend.sampling_params": ("BeamSearchParams", "RequestOutputKind", "SamplingParams"),
 }
 # Public name -> (module, name there).

@@ -7,6 +7,7 @@ core and the workers as MessagePack. No torch here.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -16,16 +17,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 
+from tercet import sampling_ranges
 from tercet.errors import ConfigError, UnsupportedModelError
+
+Parser = TypeVar("Parser", bound="argparse.ArgumentParser | argparse._ArgumentGroup")
 
 DEVICES = ("auto", "cpu", "cuda", "simulated")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 POLICIES = ("fcfs", "priority")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_CPU_BATCHED_TOKENS = 2048
@@ -55,7 +60,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "enable_sleep_mode": (False,),
     "hf_config_path": (None,),
     "hf_token": (None,),
-    "kv_cache_dtype": ("auto",),
     "kv_transfer_config": (None,),
     "limit_mm_per_prompt": (None, {}),
     "logits_processors": (None,),
@@ -76,6 +80,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 _BOOLS = (
     "skip_tokenizer_init",
     "enforce_eager",
+    "batch_invariant",
     "enable_prefix_caching",
     "async_scheduling",
     "disable_log_stats",
@@ -84,14 +89,14 @@ _BOOLS = (
 
 # Sampling defaults: name -> type, lowest, highest. Zero is not allowed where it would mean nothing.
 _SAMPLING: dict[str, tuple[type, float, float]] = {
-    "temperature": (float, 0, 2),
+    "temperature": (float, *sampling_ranges.TEMPERATURE),
     "top_p": (float, 0, 1),
     "top_k": (int, -1, 2**31 - 1),
     "min_p": (float, 0, 1),
-    "repetition_penalty": (float, 0, math.inf),
+    "repetition_penalty": (float, *sampling_ranges.REPETITION_PENALTY),
     "max_new_tokens": (int, 1, 2**31 - 1),
 }
-_NOT_ZERO = ("top_p", "repetition_penalty")
+_NOT_ZERO = ("top_p",)
 
 
 class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +135,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None  # overrides gpu_memory_utilization
     num_blocks_override: int | None
     enable_prefix_caching: bool
+    dtype: str = "auto"  # of keys and values: 'auto' is the model's, 'fp8' and 'fp8_e4m3' are float8_e4m3fn
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,7 +159,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     device: str  # 'cpu', 'cuda' or 'simulated'
     num_threads: int  # of the CPU, for the model's arithmetic
-    enforce_eager: bool = False
+    enforce_eager: bool = False  # no CUDA graphs
+    batch_invariant: bool = False  # results do not depend on what else is in a batch
     world_size: int = 1
     simulation: SimulationConfig = SimulationConfig()
 
@@ -211,7 +218,9 @@ class EngineArgs:
     device: str = "auto"
     num_threads: int | None = None  # CPU threads of the worker
     enforce_eager: bool = False
+    batch_invariant: bool = False
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
@@ -229,6 +238,25 @@ class EngineArgs:
     simulation: SimulationConfig | None = None  # for device='simulated'
     audit: bool = False
 
+    @classmethod
+    def add_cli_args(cls, parser: Parser) -> Parser:
+        """Add a flag for each field to a program's parser, or group of its flags; returns what it was given.
+
+        `vars(parser.parse_args())` then has every field under its name, as `LLM(**args)` takes them.
+        """
+        from tercet.engine_flags import add_flags
+
+        add_flags(parser, cls)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Self:
+        """The arguments in what a parser found; entries that are no fields are left alone."""
+        given = vars(args)
+        return cls(
+            **{field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
+        )
+
     def create_engine_config(self) -> EngineConfig:
         """Check every argument and resolve every default.
 
@@ -239,6 +267,7 @@ class EngineArgs:
         """
         self._check()
         device = self._resolve_device()
+        self._check_invariance(device)
         model = self._model_config(device)
         scheduler = self._scheduler_config(model, device)
         return EngineConfig(
@@ -249,12 +278,14 @@ class EngineArgs:
                 kv_cache_memory_bytes=self.kv_cache_memory_bytes,
                 num_blocks_override=self.num_gpu_blocks_override,
                 enable_prefix_caching=self.enable_prefix_caching,
+                dtype=self.kv_cache_dtype,
             ),
             scheduler=scheduler,
             worker=WorkerConfig(
                 device=device,
                 num_threads=self.num_threads or default_num_threads(),
                 enforce_eager=self.enforce_eager,
+                batch_invariant=self.batch_invariant,
                 simulation=self.simulation or SimulationConfig(),
             ),
             frontend=FrontendConfig(
@@ -270,6 +301,7 @@ class EngineArgs:
         _one_of("device", self.device, DEVICES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("scheduling_policy", self.scheduling_policy, POLICIES)
         _one_of("generation_config", self.generation_config, ("auto", "vllm"))
         self._check_numbers()
@@ -300,6 +332,12 @@ class EngineArgs:
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 "tensor_parallel_size", f"only 1 is supported yet; got {self.tensor_parallel_size}"
+            )
+
+    def _check_invariance(self, device: str) -> None:
+        if self.batch_invariant and device == "cpu":
+            raise ConfigError(
+                "batch_invariant", "needs a GPU: the CPU's matrix products depend on the batch's size"
             )
 
     def _check_simulation(self) -> None:
@@ -504,8 +542,6 @@ def _problem_with_sampling(name: str, value: object) -> str:
     what = "a whole number" if kind is int else "a number"
     opening = "(" if name in _NOT_ZERO else "["
     limits = f"of {low:g} or more" if high >= 2**31 - 1 else f"in {opening}{low:g}, {high:g}]"
-    if high == math.inf:
-        limits = f"above {low:g}"
     return f"must be {what} {limits}; got {value!r:.80}"
 
 

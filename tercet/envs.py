@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     TERCET_CACHE_ROOT: Path
     TERCET_LOGGING_LEVEL: str
     TERCET_OPS: str
+    TERCET_TORCH_PROFILER_DIR: Path | None
 
 
 def _cache_root() -> Path:
@@ -44,10 +45,17 @@ def _ops() -> str:
     return os.environ.get("TERCET_OPS", "").strip()
 
 
+def _torch_profiler_dir() -> Path | None:
+    """Folder for the traces of `start_profile`; empty (default): profiling is off."""
+    value = os.environ.get("TERCET_TORCH_PROFILER_DIR", "").strip()
+    return Path(value).expanduser() if value else None
+
+
 _READERS: dict[str, Callable[[], Any]] = {
     "TERCET_CACHE_ROOT": _cache_root,
     "TERCET_LOGGING_LEVEL": _logging_level,
     "TERCET_OPS": _ops,
+    "TERCET_TORCH_PROFILER_DIR": _torch_profiler_dir,
 }
 
 
@@ -64,4 +72,8 @@ def __dir__() -> list[str]:
 
 def describe() -> dict[str, tuple[str, str]]:
     """Every variable -> (current value as text, what it does); `tercet collect-env` prints it."""
-    return {name: (str(reader()), reader.__doc__ or "") for name, reader in _READERS.items()}
+    values = {name: reader() for name, reader in _READERS.items()}
+    return {
+        name: ("" if value is None else str(value), _READERS[name].__doc__ or "")
+        for name, value in values.items()
+    }

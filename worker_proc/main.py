@@ -9,12 +9,16 @@ from collections.abc import Callable
 from tercet import log
 from tercet.config import ProcessConfig
 from tercet.ipc.child import ChildProcess, Failed, Ready
-from tercet.worker_proc.worker import Runner, Worker, decode_config
+from tercet.worker_proc.worker import Profiler, Runner, Worker, decode_config
 
 logger = log.get_logger(__name__)
 
 
-def run_worker(child: ChildProcess, make_runner: Callable[[ProcessConfig, ChildProcess], Runner]) -> int:
+def run_worker(
+    child: ChildProcess,
+    make_runner: Callable[[ProcessConfig, ChildProcess], Runner],
+    profiler: Profiler | None = None,
+) -> int:
     """Load, say Hello, serve until Shutdown; returns the exit code."""
     config = decode_config(child.config)
     log.configure(f"worker {config.rank}")
@@ -24,7 +28,7 @@ def run_worker(child: ChildProcess, make_runner: Callable[[ProcessConfig, ChildP
         logger.exception("cannot start")
         child.report(Failed(f"{type(error).__name__}: {error}"))
         return 1
-    worker = Worker(config, runner, os.getpid())
+    worker = Worker(config, runner, os.getpid(), profiler)
     gc.collect()
     gc.freeze()  # weights and tables live to the end: later collections need not walk them
     child.report(Ready())

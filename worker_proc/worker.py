@@ -18,8 +18,10 @@ from tercet.ipc.messages import (
     KVGroup,
     Reply,
     Shutdown,
+    StartProfile,
     StepPlan,
     StepResult,
+    StopProfile,
     WorkerFailed,
     WorkerHello,
     WorkerWelcome,
@@ -29,6 +31,11 @@ from tercet.log import get_logger
 logger = get_logger(__name__)
 
 Deliver = Callable[[StepResult], None]
+Execute = Callable[[StepPlan, float, Deliver], None]
+
+
+class ProfileError(Exception):
+    """A profile cannot be started or stopped; the message says why."""
 
 
 class Runner(Protocol):
@@ -52,14 +59,32 @@ class Runner(Protocol):
         """Deliver what is in flight, then stop."""
 
 
+class Profiler(Protocol):
+    """Traces steps on demand."""
+
+    def start(self, prefix: str, execute: Execute) -> Execute:
+        """Begin a trace; returns what runs a step from now on. Raises ProfileError."""
+
+    def stop(self) -> None:
+        """End it and write its file. Raises ProfileError."""
+
+
 class Worker:
     """Connects a runner to the core."""
 
-    def __init__(self, config: ProcessConfig, runner: Runner, pid: int) -> None:
+    def __init__(
+        self, config: ProcessConfig, runner: Runner, pid: int, profiler: Profiler | None = None
+    ) -> None:
+        """
+        Args:
+            profiler: None: this worker has nothing to trace.
+        """
         self.config = config
         self.runner = runner
         self.epoch = 0
         self._pid = pid
+        self._profiler = profiler
+        self._execute: Execute = runner.execute
         # Results may leave from the runner's own thread, and an end belongs to one thread: two ends.
         self._plans: DealerEnd[CoreToWorker] = DealerEnd(config.worker_address, CoreToWorker)
         self._results: DealerEnd[CoreToWorker] = DealerEnd(config.worker_address, CoreToWorker)
@@ -67,20 +92,42 @@ class Worker:
     def run(self) -> None:
         """Serve until the core says Shutdown."""
         self._plans.send(self.hello())
-        while True:
-            message = self._plans.recv()
-            match message:
-                case StepPlan(epoch=epoch) if epoch == self.epoch:
-                    self.runner.execute(message, time.perf_counter(), self._deliver)
-                case WorkerWelcome(epoch=epoch):
-                    self.runner.clear()
-                    self.epoch = epoch
-                case Call(call_id=call_id):
-                    self._plans.send(Reply(epoch=self.epoch, call_id=call_id, error="not a call for workers"))
-                case Heartbeat() | StepPlan() | None:
-                    pass
-                case Shutdown():
-                    return
+        while self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """Wait for a message and do what it says; False once told to leave."""
+        message = self._plans.recv()
+        match message:
+            case StepPlan(epoch=epoch) if epoch == self.epoch:
+                self._execute(message, time.perf_counter(), self._deliver)
+            case WorkerWelcome(epoch=epoch):
+                self.runner.clear()
+                self.epoch = epoch
+            case Call(call_id=call_id):
+                error = self._call(message)
+                self._plans.send(Reply(epoch=self.epoch, call_id=call_id, error=error))
+            case Shutdown():
+                return False
+            case Heartbeat() | StepPlan() | None:
+                pass
+        return True
+
+    def _call(self, call: Call) -> str | None:
+        """Do what was asked; returns what went wrong."""
+        if not isinstance(call.body, StartProfile | StopProfile):
+            return "not a call for workers"
+        if self._profiler is None:
+            return "a simulated worker cannot be profiled: it has no device"
+        try:
+            if isinstance(call.body, StartProfile):
+                self._execute = self._profiler.start(call.body.prefix, self.runner.execute)
+            else:
+                self._execute = self.runner.execute
+                self._profiler.stop()
+        except ProfileError as error:
+            return str(error)
+        return None
 
     def hello(self) -> WorkerHello:
         runner = self.runner

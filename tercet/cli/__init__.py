@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from tercet.cli import chat, complete, engine, environment, models
 from tercet.errors import ConfigError, TercetError, ValidationError
+from tercet.utils.argparse_utils import FlexibleArgumentParser
 from tercet.version import __version__
 
 COMMANDS = (chat, complete, engine, models, environment)
@@ -33,11 +34,11 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors as one line; options are not to be abbreviated, for a later one could make them ambiguous."""
+class _Parser(FlexibleArgumentParser):
+    """Errors as one line."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": _Formatter, **kwargs})
+        super().__init__(**{"formatter_class": _Formatter, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         self.exit(_BAD_ARGUMENTS, f"tercet: error: {message} (see {self.prog} --help)\n")

@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal (then 0) or until a process dies (then EngineDeadError)."""
     from tercet import log
-    from tercet.ipc.channel import check_address
+    from tercet.ipc.address import check_address
 
     log.configure("engine")
     if args.address is not None:
@@ -131,7 +131,7 @@ def _socket_directory(address: str | None) -> Iterator[None]:
     Raises:
         ConfigError: it cannot be made. Found out now rather than after the model has loaded.
     """
-    from tercet.ipc.channel import socket_path
+    from tercet.ipc.address import socket_path
 
     directory = socket_path(address).parent if address is not None else None
     made = directory is not None and _make_directory(directory)

@@ -29,6 +29,7 @@ from tercet.frontend.sampling_params import SamplingParams
 from tercet.frontend.status_line import StatusLine
 from tercet.frontend.stream import RequestStream
 from tercet.frontend.tokenizer import Tokenizer
+from tercet.ipc.address import check_address
 
 QUIET_LEVEL = "WARNING"
 """Level of commands whose output is an answer, unless TERCET_LOGGING_LEVEL says another."""
@@ -106,7 +107,7 @@ def open_session(args: argparse.Namespace) -> Iterator[Session]:
     loop = LoopThread()
     try:
         with StatusLine() as status:
-            engine = _connect(args) if args.connect else _start(args, status, level)
+            engine = _connect(args) if args.connect is not None else _start(args, status, level)
         try:
             loop.run(engine.start())
             yield Session(engine, loop, sampling_params(args, engine.model_info.default_sampling))
@@ -129,7 +130,10 @@ def _connect(args: argparse.Namespace) -> AsyncLLM:
     refused += ["--" + name.replace("_", "-") for name in given_engine_flags(args)]
     if refused:
         raise ConfigError("connect", f"the engine there is as it was started: leave out {', '.join(refused)}")
-    return AsyncLLM(args.connect)
+    try:
+        return AsyncLLM(check_address(args.connect))
+    except ConfigError as error:
+        raise ConfigError("connect", error.problem) from None
 
 
 def _start(args: argparse.Namespace, status: StatusLine, level: str) -> AsyncLLM:

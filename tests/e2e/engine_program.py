@@ -1,7 +1,8 @@
 """A program that runs an engine and a request of its own on it, for a test to kill.
 
 `python -m tests.e2e.engine_program [ADDRESS]` prints `pids …` as soon as the engine's processes run, `ready ADDRESS`,
-`busy` while tokens come, `dead …` when it is told that the engine died, and `left` at its end.
+`busy` while tokens come, `dead …` when it is told that the engine died, and `left` at its end; `cannot start …` and
+exit code 1 where it cannot.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from typing import NoReturn
 
 from tercet.config import EngineArgs, SimulationConfig
+from tercet.errors import StartupError
 from tercet.frontend.launcher import EngineProcesses
 from tests.core_proc.harness import VOCAB_SIZE, make_request
 from tests.core_proc.raw_frontend import RawFrontend
@@ -44,8 +47,16 @@ def _be_busy(address: str, dead: threading.Event) -> None:
             frontend.read_until(lambda: len(frontend.tokens[1]) > count or dead.is_set())  # noqa: B023
 
 
+def _fail(error: StartupError) -> NoReturn:
+    print("cannot start", error, flush=True)
+    raise SystemExit(1)
+
+
 def main(address: str | None = None) -> None:
-    processes = make_processes(address)
+    try:
+        processes = make_processes(address)
+    except StartupError as error:
+        _fail(error)
     dead = threading.Event()
 
     def on_death(problem: str) -> None:
@@ -60,6 +71,8 @@ def main(address: str | None = None) -> None:
         _be_busy(processes.address, dead)
     except KeyboardInterrupt:
         pass
+    except StartupError as error:
+        _fail(error)
     finally:
         processes.stop()
         print("left", flush=True)

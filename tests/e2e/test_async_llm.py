@@ -30,7 +30,7 @@ from tercet import (
 from tercet.config import SimulationConfig
 from tercet.frontend.outputs import RequestOutput
 from tercet.frontend.stream import RequestStream
-from tercet.ipc.channel import socket_path
+from tercet.ipc.address import socket_path
 from tercet.ipc.messages import CheckInvariants
 from tests.frontend.text_engine import make_bundle
 

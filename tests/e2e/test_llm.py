@@ -96,6 +96,17 @@ def test_chat_renders_the_models_template(llm: LLM) -> None:
     assert custom.prompt == "Hello there!"
 
 
+def test_wrong_messages_are_named(llm: LLM) -> None:
+    good = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(ValidationError, match=r"^messages\[1\]\.content: is missing"):
+        llm.chat([*good, {"role": "user"}], use_tqdm=False)
+    with pytest.raises(ValidationError, match=r"^messages\[1\]\[0\]\.role: must be a string"):
+        llm.chat([good, [{"content": "Hello"}]], use_tqdm=False)
+    with pytest.raises(ValidationError, match=r"^messages\[2\]: must be a list of messages; got 'Hello'"):
+        llm.chat([good, good, "Hello"], use_tqdm=False)  # type: ignore[list-item]
+    assert running(llm) == 0
+
+
 def test_bad_prompt_ends_the_call_and_aborts_the_others(llm: LLM) -> None:
     prompts: list[Any] = [[1, 2]] * 40 + [[10**6]]
     with pytest.raises(ValidationError, match="prompt_token_ids"):
@@ -181,7 +192,7 @@ def test_unknown_argument_is_named() -> None:
 
 
 def test_many_more_requests_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tercet.frontend import llm as module
+    from tercet.frontend import batches as module
 
     monkeypatch.setattr(module, "MAX_UNFINISHED", 20)
     with LLM(device="simulated", max_num_queued_reqs=64) as llm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tercet.errors import StartupError
-from tercet.ipc.channel import is_serving, is_socket
+from tercet.ipc.address import is_serving, is_socket
 from tests.core_proc.harness import make_request
 from tests.core_proc.raw_frontend import RawFrontend
 from tests.e2e.engine_program import make_processes
@@ -137,6 +138,34 @@ def test_an_address_that_is_in_use_is_refused_and_its_engine_goes_on(folder: Pat
             frontend.attach()
         parent.send_signal(signal.SIGINT)
         read_line(parent, "left")
+
+
+def test_of_several_engines_started_at_once_for_one_address_one_wins(folder: Path) -> None:
+    address = f"ipc://{folder}/engine"
+    rivals = [start_program(PROGRAM, address, TMPDIR=str(folder)) for _ in range(3)]
+    words = [end_of_start(rival) for rival in rivals]
+    (winner,) = (rival for rival, word in zip(rivals, words, strict=True) if word.startswith("ready"))
+    losers = [word for word in words if not word.startswith("ready")]
+    assert all("in use: another engine serves there" in word for word in losers), losers
+    for rival in rivals:
+        if rival is not winner:
+            assert rival.wait(GONE_S) == 1
+    with RawFrontend(address) as frontend:
+        frontend.attach()
+        frontend.add(make_request(4, max_tokens=5))
+        frontend.read_all_finished(1)
+    winner.send_signal(signal.SIGINT)
+    read_line(winner, "left")
+    assert winner.wait(GONE_S) == 0
+    for rival in rivals:
+        assert rival.stdout is not None
+        rival.stdout.close()
+
+
+def end_of_start(rival: subprocess.Popen[str]) -> str:
+    """`ready …`, or `cannot start …`."""
+    assert rival.stdout is not None
+    return next(line for line in rival.stdout if line.startswith(("ready", "cannot start")))
 
 
 def test_stop_is_prompt_at_every_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

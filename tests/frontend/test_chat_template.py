@@ -227,7 +227,16 @@ def test_clients_cannot_set_the_renderers_arguments(name: str) -> None:
         ([], "messages: is empty"),
         ("hi", "messages: must be a list"),
         (["hi"], r"messages\[0\]: must be an object"),
-        ([{"content": "hi"}], r"messages\[0\]\.role: must be a string"),
+        ([{"content": "hi"}], r"messages\[0\]\.role: must be a string .*; it is missing"),
+        ([{"role": "", "content": "hi"}], r"messages\[0\]\.role: must be a string .*; got ''"),
+        ([{"role": ["user"], "content": "hi"}], r"messages\[0\]\.role: must be a string .*; got \['user'\]"),
+        ([CHAT[0], {"role": "user"}], r"messages\[1\]\.content: is missing; give text, such as \"Hello\""),
+        ([{"role": "user", "content": None, "name": "me"}], r"messages\[0\]\.content: is null; give text"),
+        ([{"role": "assistant", "tool_calls": []}], r"messages\[0\]\.content: is missing; give text"),
+        ([{"role": "tool", "tool_call_id": "1"}], r"messages\[0\]\.content: is missing; give text"),
+        ([{"role": "user", "content": {"text": "x"}}], r"messages\[0\]\.content: must be a string or a list"),
+        ([{"role": "user", "content": [{"type": ["text"]}]}], r"content\[0\]\.type: is \['text'\], but"),
+        ([{"role": "user", "content": [{"type": "refusal"}]}], r"content\[0\]\.refusal: must be a string"),
         ([CHAT[0], {"role": "user", "content": 5}], r"messages\[1\]\.content: must be a string or a list"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
          r"messages\[0\]\.content\[0\]\.type: is 'image_url', but this model takes text only"),
@@ -242,6 +251,16 @@ def test_clients_cannot_set_the_renderers_arguments(name: str) -> None:
 def test_malformed_messages_are_named(messages: Any, problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         ours(SMOLLM2, messages)
+
+
+def test_template_that_needs_text_where_there_is_none_names_the_message() -> None:
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    for message in (called, {**called, "content": None}):
+        with pytest.raises(
+            ChatTemplateError, match=r"messages\[1\]\.content: this model's chat template cannot"
+        ):
+            ours("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", [CHAT[0], message])
+    assert "user" in ours(SMOLLM2, [CHAT[0], {**called, "content": ""}])
 
 
 def test_deeply_nested_message_is_refused() -> None:

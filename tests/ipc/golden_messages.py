@@ -146,6 +146,8 @@ EXAMPLES: Final[dict[str, msgspec.Struct]] = {
     "Call.ResumeGeneration": m.Call(epoch=11, call_id=3, body=m.ResumeGeneration()),
     "Call.GetStats": m.Call(epoch=11, call_id=4, body=m.GetStats()),
     "Call.CheckInvariants": m.Call(epoch=11, call_id=5, body=m.CheckInvariants()),
+    "Call.StartProfile": m.Call(epoch=11, call_id=6, body=m.StartProfile(prefix="decode-32")),
+    "Call.StopProfile": m.Call(epoch=11, call_id=7, body=m.StopProfile()),
     "Heartbeat": m.Heartbeat(epoch=11, step=8, step_age_s=0.5),
     "Goodbye": m.Goodbye(epoch=11, reason="bye"),
     "Welcome": m.Welcome(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import re
@@ -13,10 +14,11 @@ import pytest
 
 from tercet import __version__, model_source
 from tercet.cli import COMMANDS, main, make_parser
-from tercet.cli.engine_flags import GROUPS, NOT_FLAGS, engine_args, parse_count
+from tercet.cli.engine_flags import NOT_FLAGS, engine_args
 from tercet.cli.sampling_flags import sampling_params
 from tercet.cli.terminal import figures
 from tercet.config import EngineArgs, SimulationConfig
+from tercet.engine_flags import parse_count
 from tercet.frontend.outputs import RequestStateStats
 from tercet.frontend.sampling_params import RequestOutputKind, SamplingParams
 from tercet.frontend.status_line import StatusLine, with_bar
@@ -70,9 +72,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             2,
             "gpu_memory_utilization: must be in (0, 1]",
         ),
-        (["complete", "hi", "--hf-overrides", "[1]"], 2, "hf_overrides: must be a JSON object"),
+        (["complete", "hi", "--hf-overrides", "[1]"], 2, "argument --hf-overrides: must be a JSON object"),
         (["complete", "hi", "--simulation", '{"step": 1}'], 2, "simulation: goes with device='simulated'"),
         (["complete", "hi", "--connect", "ipc:///no/engine"], 2, "no engine listens at ipc:///no/engine"),
+        (["chat", "--prompt", "hi", "--connect", ""], 2, "connect: must be ipc:///absolute/path"),
+        (["chat", "--prompt", "hi", "--connect", "tcp://localhost:5"], 2, "there is no TCP yet"),
+        (
+            ["complete", "hi", "--connect", "/tmp/engine"],
+            2,
+            "such as ipc:///tmp/tercet/engine; got '/tmp/eng",
+        ),
         (["complete", "hi", "--connect", "ipc:///x", "--dtype", "auto"], 2, "leave out --dtype"),
         (["chat", "--prompt", "hi", "--connect", "ipc:///x", "--model", "m"], 2, "leave out --model"),
         (["complete", "hi", "--model", "/no/model"], 1, "/no/model: no such file or directory"),
@@ -134,11 +143,19 @@ def parsed_engine_args(*flags: str) -> EngineArgs:
 
 
 def test_every_engine_argument_has_a_flag_or_a_reason_not_to() -> None:
-    flags = [name for group in GROUPS.values() for name in group]
+    (commands,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    found = [action.dest for action in commands.choices["engine"]._actions]
+    flags = [dest.removeprefix("engine_") for dest in found if dest.startswith("engine_")]
     fields = [field.name for field in dataclasses.fields(EngineArgs)]
     assert len(flags) == len(set(flags))
     assert set(flags) | set(NOT_FLAGS) == set(fields)
     assert not set(flags) & set(NOT_FLAGS)
+
+
+def test_flags_may_have_underscores() -> None:
+    assert parsed_engine_args("--max_num_seqs=7", "--no-async_scheduling") == EngineArgs(
+        max_num_seqs=7, async_scheduling=False
+    )
 
 
 def test_flags_not_given_leave_the_defaults() -> None:

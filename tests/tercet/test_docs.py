@@ -14,8 +14,8 @@ import pytest
 import tercet
 from tercet import envs
 from tercet.cli import COMMANDS, make_parser
-from tercet.cli.engine_flags import GROUPS
 from tercet.config import AsyncEngineArgs, EngineArgs
+from tercet.engine_flags import GROUPS
 from tercet.frontend.outputs import CompletionOutput, RequestOutput
 from tercet.frontend.sampling_params import _UNSUPPORTED, SamplingParams
 

@@ -20,9 +20,9 @@ PACKAGE_FOLDERS = ("tercet", "core_proc", "frontend", "ipc", "ops", "worker_proc
 PUBLIC_NAMES = set(
     """
     AsyncEngineArgs AsyncLLM AsyncLLMEngine BeamSearchParams CompletionOutput ConfigError EngineArgs
-    EngineClosedError EngineDeadError EngineError LLM Logprob ModelNotFoundError PromptType QueueFullError
-    RequestError RequestOutput RequestOutputKind SamplingParams StartupError TercetError TextPrompt
-    TokensPrompt UnsupportedModelError ValidationError __version__
+    EngineClosedError EngineDeadError EngineError FlatLogprobs LLM Logprob ModelNotFoundError PromptType
+    QueueFullError RequestError RequestOutput RequestOutputKind SamplingParams StartupError TercetError
+    TextPrompt TokensPrompt UnsupportedModelError ValidationError __version__
     """.split()  # noqa: SIM905  (a list of quoted names reads worse)
 )
 

@@ -20,7 +20,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("core_proc", "frontend", "ipc", "ops", "worker_proc")
 # Small modules of tercet/ that every room may import, since they import no room.
-LEAVES = ("config", "envs", "errors", "gguf", "gguf_config", "log", "model_source", "version")
+LEAVES = (
+    "config",
+    "engine_flags",
+    "envs",
+    "errors",
+    "gguf",
+    "gguf_config",
+    "log",
+    "model_source",
+    "sampling_ranges",
+    "version",
+)
 # Room -> the other rooms that it may import.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "ipc": frozenset(),
