@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tercet.ops.kv_write import check_kv_scales
 from tercet.ops.registry import operation
 from tercet.ops.triton_support import TRITON, on_cuda
 
@@ -40,7 +42,12 @@ class AttentionMetadata:
         slot_mapping_T: int64, block * block_size + offset where each token's keys and values go; padding and
             frozen rows write into block 0.
         max_query_len, max_seq_len: upper bounds known to the host; max_seq_len bounds the decodes.
-        chunk_query_lens, chunk_seq_lens: the same lengths for the chunks, on the host.
+        chunk_query_lens, chunk_seq_lens: the same lengths for the chunks, on the host. Empty with counts.
+        counts: int32 [2] on the device, for steps whose launches are captured once and replayed: how many decodes
+            and chunks there really are. Host numbers are then upper bounds. Sequences and tokens still lie close:
+            after the decodes that there are come the chunks. What tables hold beyond them is not read, and the
+            output of tokens beyond them is unspecified (it may be NaN) and touches no other row.
+        num_chunks, num_chunk_tokens: with counts, the most chunks, and the most tokens in them together.
         memo: what the layers of one step share, such as masks; kept by implementations. A metadata object
             therefore describes one step: make a new one when the tensors in it change.
     """
@@ -54,7 +61,39 @@ class AttentionMetadata:
     max_seq_len: int
     chunk_query_lens: tuple[int, ...] = ()
     chunk_seq_lens: tuple[int, ...] = ()
+    counts: Tensor | None = None
+    num_chunks: int = 0
+    num_chunk_tokens: int = 0
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def chunks_bound(self) -> int:
+        """The most chunks that there can be; without counts, how many there are."""
+        return len(self.chunk_query_lens) if self.counts is None else self.num_chunks
+
+    @property
+    def chunk_tokens_bound(self) -> int:
+        """The most tokens of chunks that there can be; without counts, how many there are."""
+        return sum(self.chunk_query_lens) if self.counts is None else self.num_chunk_tokens
+
+    def exact(self) -> AttentionMetadata:
+        """The same step with its numbers on the host. Waits for the device."""
+        if self.counts is None:
+            return self
+        num_decodes, num_chunks = self.counts.tolist()
+        num_rows = num_decodes + num_chunks
+        starts = self.query_start_B1[num_decodes : num_rows + 1].tolist()
+        return replace(
+            self,
+            num_decodes=num_decodes,
+            block_table_BN=self.block_table_BN[:num_rows],
+            seq_lens_B=self.seq_lens_B[:num_rows],
+            query_start_B1=self.query_start_B1[: num_rows + 1],
+            chunk_query_lens=tuple(end - start for start, end in pairwise(starts)),
+            chunk_seq_lens=tuple(self.seq_lens_B[num_decodes:num_rows].tolist()),
+            counts=None,
+            memo={},
+        )
 
 
 @operation("paged_attention")
@@ -66,28 +105,41 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Causal attention of each token over its sequence's cached keys and values, its own included.
 
     The decodes are computed together: the number of Python calls does not depend on their number. The reference
-    computes the chunks one by one. Nothing waits for the device.
+    computes the chunks one by one. Nothing waits for the device, but the reference if the metadata has counts.
+
+    In batch-invariant mode (`ops.invariance`) the kernels give a token bitwise the same output in any batch,
+    as a decode or in a chunk of any size, and whatever max_seq_len and counts are: tiles are of one shape, lie at
+    fixed positions, and are summed in segments of fixed length in their order. The reference ignores the mode.
 
     Args:
         q_THD: queries, rotated.
         kv_cache: [2, num_blocks, block_size, K, D]; this step's keys and values are already in it. Every
             element must be finite (allocate it as zeros; `write_kv` keeps it so): masked positions are read.
-        scale: factor on q·k.
+            It may be float8_e4m3fn beside queries of another dtype, to which its elements are converted.
+        scale: factor on q·k, positive.
         sliding_window: a token sees itself and the window - 1 positions before it.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
+        k_scale, v_scale: what the cached keys and values were divided by when they were written.
 
     Returns:
         [T, H, D], q's dtype.
 
+    Raises:
+        ValueError: the scales do not fit the cache's dtype.
+
     Source: PagedAttention, Kwon et al. 2023, section 4.1; grouped queries, Ainslie et al. 2023.
     """
-    num_decodes = meta.num_decodes
+    check_kv_scales(kv_cache.dtype, k_scale, v_scale)
+    meta = meta.exact()
+    num_decodes, scale = meta.num_decodes, scale * k_scale
     if not meta.chunk_query_lens and num_decodes == q_THD.shape[0]:
-        return _decode(q_THD, kv_cache, meta, scale, sliding_window, soft_cap)
+        return _scaled(_decode(q_THD, kv_cache, meta, scale, sliding_window, soft_cap), v_scale)
     out_THD = torch.zeros_like(q_THD)
     if num_decodes:
         out_THD[:num_decodes] = _decode(q_THD[:num_decodes], kv_cache, meta, scale, sliding_window, soft_cap)
@@ -96,7 +148,11 @@ def paged_attention(
         chunk = slice(start, start + query_len)
         out_THD[chunk] = _chunk(q_THD[chunk], kv_cache, meta, i, scale, sliding_window, soft_cap)
         start += query_len
-    return out_THD
+    return _scaled(out_THD, v_scale)
+
+
+def _scaled(out_THD: Tensor, v_scale: float) -> Tensor:
+    return out_THD if v_scale == 1.0 else out_THD * v_scale
 
 
 @paged_attention.implementation(TRITON, supports=on_cuda)
@@ -108,11 +164,20 @@ def _paged_attention_triton(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     from tercet.ops import triton_attention
 
     return triton_attention.paged_attention(
-        q_THD, kv_cache, meta, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
+        q_THD,
+        kv_cache,
+        meta,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -261,6 +326,10 @@ def _gather(kv_cache: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
     On a CPU they go into a buffer that is kept: fresh memory of this size costs five times the copy in page
     faults. CUDA's allocator keeps memory by itself.
     """
+    dtype = kv_cache.dtype
+    if dtype == torch.float8_e4m3fn:  # not every indexing operation knows it
+        k_flat, v_flat = _gather(kv_cache.view(torch.uint8), block_ids)
+        return k_flat.view(dtype), v_flat.view(dtype)
     k_cache, v_cache = kv_cache.flatten(2).unbind(0)
     if kv_cache.device.type != "cpu":
         return k_cache.index_select(0, block_ids), v_cache.index_select(0, block_ids)

@@ -22,6 +22,8 @@ def rope_and_write_kv(
     qk_norm: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     weight_offset: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Norm queries and keys where the model does, rotate them, store keys and values at their slots.
 
@@ -30,7 +32,7 @@ def rope_and_write_kv(
     Args:
         qkv_THD: [T, H + 2 K, D]: queries, keys and values of each token side by side.
         cos_TR, sin_TR: as `apply_rotary`.
-        kv_cache, slot_mapping_T: as `write_kv`; the cache's K tells the queries from the rest.
+        kv_cache, slot_mapping_T, k_scale, v_scale: as `write_kv`; the cache's K tells the queries from the rest.
         qk_norm: weights [D] of the norms of queries and keys, if the model has them.
         eps, weight_offset: as `rms_norm`.
 
@@ -38,7 +40,7 @@ def rope_and_write_kv(
         Queries [T, H, D], a new tensor.
 
     Raises:
-        ValueError: the heads do not fit the cache's.
+        ValueError: the heads do not fit the cache's, or the scales its dtype.
     """
     num_kv_heads = kv_cache.shape[3]
     num_heads = qkv_THD.shape[1] - 2 * num_kv_heads
@@ -53,7 +55,7 @@ def rope_and_write_kv(
         q_THD = rms_norm(qkv_THD[:, :num_heads], q_weight_D, eps, weight_offset)
         k_TKD = rms_norm(qkv_THD[:, num_heads:-num_kv_heads], k_weight_D, eps, weight_offset)
         q_THD, k_TKD = apply_rotary(q_THD, cos_TR, sin_TR), apply_rotary(k_TKD, cos_TR, sin_TR)
-    write_kv(k_TKD, v_TKD, kv_cache, slot_mapping_T)
+    write_kv(k_TKD, v_TKD, kv_cache, slot_mapping_T, k_scale=k_scale, v_scale=v_scale)
     return q_THD
 
 
@@ -68,6 +70,8 @@ def _rope_and_write_kv_triton(
     qk_norm: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     weight_offset: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     from tercet.ops import triton_rows
 
@@ -80,4 +84,6 @@ def _rope_and_write_kv_triton(
         qk_norm=qk_norm,
         eps=eps,
         weight_offset=weight_offset,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tercet.ops.kernels_rows import gated_activation_kernel, rms_norm_kernel, rope_and_write_kv_kernel
-from tercet.ops.triton_support import next_power_of_2
+from tercet.ops.kv_write import check_kv_scales
+from tercet.ops.triton_support import next_power_of_2, programmatic_launch
 
 _ACTIVATION_BLOCK = 1024
 _HEADS_PER_PROGRAM_ELEMENTS = 1024  # a program takes as many heads as make this many elements
@@ -47,7 +48,9 @@ def _launch_norm(
 ) -> None:
     size = weight_D.shape[0]
     padded = next_power_of_2(size)
-    rms_norm_kernel[(x.numel() // size,)](
+    num_rows = x.numel() // size
+    launch = programmatic_launch(x.device, num_rows)
+    rms_norm_kernel[(num_rows,)](
         out,
         total,
         x,
@@ -58,7 +61,9 @@ def _launch_norm(
         D=size,
         D_PAD=padded,
         ADD=add,
+        PDL=bool(launch),
         num_warps=min(max(padded // 512, 1), 16),
+        **launch,
     )
 
 
@@ -72,6 +77,8 @@ def rope_and_write_kv(
     qk_norm: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     weight_offset: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """As `ops.rope_and_write_kv`, for float16, bfloat16 and float32."""
     num_tokens, num_all, head_dim = qkv_THD.shape
@@ -82,10 +89,12 @@ def rope_and_write_kv(
     qkv_THD = qkv_THD.contiguous()
     if not kv_cache.is_contiguous():
         raise ValueError(f"the cache {tuple(kv_cache.shape)} must be contiguous")
+    check_kv_scales(kv_cache.dtype, k_scale, v_scale)
     q_THD = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv_THD.dtype, device=qkv_THD.device)
     q_weight, k_weight = (qkv_THD, qkv_THD) if qk_norm is None else qk_norm
     padded = next_power_of_2(head_dim)
     heads = min(next_power_of_2(num_all), max(1, _HEADS_PER_PROGRAM_ELEMENTS // padded))
+    launch = programmatic_launch(qkv_THD.device, num_tokens)
     rope_and_write_kv_kernel[(num_tokens, -(-num_all // heads))](
         q_THD,
         kv_cache,
@@ -98,6 +107,8 @@ def rope_and_write_kv(
         k_weight,
         eps,
         weight_offset,
+        k_scale,
+        v_scale,
         H=num_heads,
         K=num_kv_heads,
         D=head_dim,
@@ -105,7 +116,9 @@ def rope_and_write_kv(
         NORM=qk_norm is not None,
         D_PAD=padded,
         HEADS=heads,
+        PDL=bool(launch),
         num_warps=4,
+        **launch,
     )
     return q_THD
 
@@ -126,7 +139,9 @@ def _launch_activation(gate_up: Tensor, *, gelu: bool) -> Tensor:
     size = both // 2
     out = torch.empty((*lead, size), dtype=gate_up.dtype, device=gate_up.device)
     block = min(_ACTIVATION_BLOCK, next_power_of_2(size))
-    gated_activation_kernel[(out.numel() // size, -(-size // block))](
-        out, gate_up, F=size, GELU=gelu, BLOCK=block, num_warps=4
+    num_rows = out.numel() // size
+    launch = programmatic_launch(gate_up.device, num_rows)
+    gated_activation_kernel[(num_rows, -(-size // block))](
+        out, gate_up, F=size, GELU=gelu, BLOCK=block, PDL=bool(launch), num_warps=4, **launch
     )
     return out

@@ -15,6 +15,12 @@ from tercet.worker_proc.models.decoder import CausalLM
 CPU_DEFAULT_BYTES = (
     4 << 30
 )  # as vLLM's CPU build; less where the machine or the configuration has less use for it
+_GRAPH_SCRATCH_BYTES = 512 << 20
+
+
+def cache_dtype(config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values in the cache."""
+    return model_dtype if config.cache.dtype == "auto" else torch.float8_e4m3fn
 
 
 def cache_shape(config: EngineConfig, model: CausalLM, num_blocks: int) -> tuple[int, ...]:
@@ -76,7 +82,14 @@ def _cuda_budget(config: EngineConfig, model: CausalLM, dtype: torch.dtype) -> i
     elsewhere = total - free - reserved  # other processes, the context, libraries
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
-    return int(total * config.cache.gpu_memory_utilization) - elsewhere - peak
+    graphs = 0 if config.worker.enforce_eager else _graph_bytes(config, model)
+    return int(total * config.cache.gpu_memory_utilization) - elsewhere - peak - graphs
+
+
+def _graph_bytes(config: EngineConfig, model: CausalLM) -> int:
+    """What captured graphs keep beside that peak: the largest batch's logits, scratch and workspaces."""
+    logits = config.scheduler.max_num_seqs * model.vocab_size * next(model.parameters()).dtype.itemsize
+    return 2 * logits + _GRAPH_SCRATCH_BYTES
 
 
 def _run_largest_step(config: EngineConfig, model: CausalLM, dtype: torch.dtype) -> None:

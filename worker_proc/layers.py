@@ -76,9 +76,15 @@ class RMSNorm(WeightedLayer):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps, self.weight_offset)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Normalised x + residual, and that sum."""
-        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.weight_offset)
+        if residual is None:
+            return self(x), x
+        return ops.add_rms_norm(x, *self.preceding(residual))
+
+    def preceding(self, residual: Tensor) -> ops.PrecedingNorm:
+        """This norm, after `residual` has been added, as operations take it that begin with it."""
+        return ops.PrecedingNorm(residual, self.weight, self.eps, self.weight_offset)
 
 
 class MergedColumnParallelLinear(WeightedLayer):
@@ -118,7 +124,13 @@ class MergedColumnParallelLinear(WeightedLayer):
         return self.rank * self.local_sizes[name]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
+
+    def after_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The product of norm(x + residual), and that sum."""
+        if residual is None:
+            return self(norm(x)), x
+        return ops.add_rms_norm_linear(x, norm.preceding(residual), self.weight, self.bias)
 
     def shards(self, parameter: str) -> tuple[str, ...]:
         return tuple(self.full_sizes)
@@ -186,8 +198,8 @@ class RowParallelLinear(WeightedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.parallel.world_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        out = self.parallel.all_reduce(F.linear(x, self.weight))
+            return ops.linear(x, self.weight, self.bias)
+        out = self.parallel.all_reduce(ops.linear(x, self.weight))
         return out if self.bias is None else out + self.bias  # once, not once per rank
 
     def load_weight(self, parameter: str, loaded: Tensor, shard: str = "") -> None:
@@ -245,4 +257,4 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to logits [..., vocab_size], whole on every rank."""
-        return self.parallel.all_gather(F.linear(hidden, self.weight))[..., : self.vocab_size]
+        return self.parallel.all_gather(ops.linear(hidden, self.weight))[..., : self.vocab_size]

@@ -1,14 +1,11 @@
 """Results on their way from the device to the core.
 
-On a CPU a result is there when the step has run, and leaves at once. On a CUDA device its columns are copied
-into pinned buffers behind the step, and a thread that waits for the copy (without the GIL) sends them, so that
-the launching thread never waits.
+On a CPU a result is there when the step has run, and leaves at once. On a GPU its columns are copied into pinned
+buffers behind the step, and a thread that waits for the copy (`device_results.py`) sends them.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,89 +47,14 @@ class PendingResult:
     launched_s: float
 
 
-class ResultQueue:
-    """Takes launched steps in order and delivers their results in order."""
-
-    def put(self, pending: PendingResult, deliver: Deliver) -> None:
-        """Deliver now: the device is the CPU."""
-        deliver(read_result(pending))
-
-    def close(self) -> None:
-        """Deliver what was put."""
-
-
-class CudaResultQueue(ResultQueue):
-    """Copies results behind the step and delivers them from a thread of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._queue: queue.SimpleQueue[tuple[PendingResult, torch.cuda.Event, Deliver] | None] = (
-            queue.SimpleQueue()
-        )
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="results", daemon=True)
-        self._thread.start()
-
-    def put(self, pending: PendingResult, deliver: Deliver) -> None:
-        """Start the copy; the caller may go on at once.
-
-        Raises:
-            BaseException: what ended the delivery of an earlier result, a device fault most likely.
-        """
-        if self._error is not None:
-            raise self._error
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            on_host = _to_host(pending)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        # The copy reads these tensors on another stream: their memory must not be reused before it is done.
-        self._queue.put((on_host, copied, deliver))
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while (item := self._queue.get()) is not None:
-                pending, copied, deliver = item
-                copied.synchronize()
-                deliver(read_result(pending))
-        except BaseException as error:  # surfaces at the next put, on the launching thread
-            self._error = error
-
-
-def _to_host(pending: PendingResult) -> PendingResult:
-    """The same with every tensor on its way into pinned memory."""
-    sampled = pending.sampled
-    if sampled is not None:
-        logprobs = sampled.logprobs
-        if logprobs is not None:
-            logprobs = LogprobTensors(logprobs.rows, logprobs.position_b, _columns_to_host(logprobs.columns))
-        sampled = SampleResult(
-            _pinned(sampled.token_B), _pinned(sampled.finish_B), _pinned(sampled.bad_B), logprobs
-        )
-    scores = [PromptScores(s.row, s.start, _columns_to_host(s.columns)) for s in pending.prompt_scores]
-    return PendingResult(
-        epoch=pending.epoch,
-        step=pending.step,
-        rows=pending.rows,
-        gens=pending.gens,
-        sampled=sampled,
-        frozen=_pinned(pending.frozen),
-        prompt_scores=scores,
-        received_s=pending.received_s,
-        launched_s=pending.launched_s,
-    )
-
-
-def _columns_to_host(columns: LogprobColumns) -> LogprobColumns:
+def columns_to_host(columns: LogprobColumns) -> LogprobColumns:
+    """The same on their way to the host: to be read when the device has come that far."""
     return LogprobColumns(_pinned(columns.token_ids), _pinned(columns.logprobs), _pinned(columns.rank))
 
 
 def _pinned(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
     buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return buffer.copy_(tensor, non_blocking=True)
 
@@ -144,10 +66,11 @@ def read_result(pending: PendingResult) -> StepResult:
     errors = logprobs = None
     if pending.sampled is not None:
         sampled = pending.sampled
-        finish = sampled.finish_B.numpy()
-        keep = ~pending.frozen.numpy() & (finish != Finish.ERROR)
-        errors = _row_errors(pending, sampled.bad_B.numpy())
-        row, gen, token, finish = pending.rows, pending.gens, sampled.token_B.numpy(), finish
+        # Copies: the buffers that these are views of carry another step soon.
+        finish = sampled.finish_B.numpy().astype(np.uint8)
+        keep = (pending.frozen.numpy() == 0) & (finish != Finish.ERROR)
+        errors = _row_errors(pending, sampled.bad_B.numpy() != 0)
+        row, gen, token, finish = pending.rows, pending.gens, sampled.token_B.numpy().copy(), finish
         if sampled.logprobs is not None:
             logprobs = _logprobs(sampled.logprobs, keep)
         if not keep.all():

@@ -1,7 +1,8 @@
 """Rotary position embedding: from a config's parameters to the angles of each token.
 
-Angles are computed from positions once a step, in float32, rather than looked up: a table for a context of
-131,072 would take 64 MB and save nothing that can be measured. What rotates heads by them is `ops.rotary`.
+Angles are computed in float32. A CPU computes them from the positions once a step; a GPU, where each of the six
+operations of that is a launch, looks them up in tables (64 MB in bfloat16 for a context of 131,072). What rotates
+heads by them is `ops.rotary`.
 """
 
 from __future__ import annotations
@@ -80,9 +81,20 @@ class RotaryEmbedding:
             raise UnsupportedModelError(f"rope type {parameters.rope_type!r} is not one of: {known}")
         inv_freq_R, self.attention_factor = compute(parameters)
         self.inv_freq = inv_freq_R.to(device)
+        self._max_length = parameters.max_length
+        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, rotary_dim], both halves alike."""
+        if positions_T.device.type != "cuda":
+            return self._compute(positions_T, dtype)
+        if dtype not in self._tables:
+            every_position = torch.arange(self._max_length + 1, device=positions_T.device)
+            self._tables[dtype] = self._compute(every_position, dtype)
+        cos_table, sin_table = self._tables[dtype]
+        return cos_table.index_select(0, positions_T), sin_table.index_select(0, positions_T)
+
+    def _compute(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles_TR = positions_T[:, None].float() * self.inv_freq
         angles_TR = torch.cat((angles_TR, angles_TR), dim=-1)
         cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()

@@ -20,8 +20,10 @@ from tercet.ipc.messages import Finish
 from tercet.ops import logits as logit_ops
 from tercet.ops.logprobs import LogprobColumns, gather_logprobs
 from tercet.ops.noise import DrawKind, noise_keys
+from tercet.ops.sample_rows import RowHistory, Variant, sample_rows
 from tercet.ops.sampling import argmax, gumbel_argmax, sample_restricted
-from tercet.worker_proc.sampling_state import SampleBatch, SamplingState, StopIds, Subset, Variant
+from tercet.worker_proc.device_batch import DeviceBatch
+from tercet.worker_proc.sampling_state import LogprobRows, SampleBatch, SamplingState, StopIds, Subset
 
 _NOT_FINISHED = 255  # above every Finish, so that the least code wins: EOS, then STOP_TOKEN, then LENGTH
 
@@ -43,6 +45,72 @@ class SampleResult:
     finish_B: Tensor  # u8, Finish; NONE for frozen rows
     bad_B: Tensor  # bool: logits with NaN or +inf, or every token masked; finish is ERROR
     logprobs: LogprobTensors | None
+
+
+@dataclass(frozen=True, slots=True)
+class DrawPlan:
+    """How the rows of a batch are drawn from; valid until they or their requests change."""
+
+    variant: Variant
+    logprobs: LogprobRows | None
+
+
+class FusedSampler:
+    """Draws the next tokens and advances their rows in a few launches, which can be captured.
+
+    What `Sampler` and `DeviceBatch.append` do together, by `ops.sample_rows`: rows are looked up on the device.
+
+    Args:
+        state: the rows' sampling state.
+        logit_soft_cap: as `ops.sample_rows` takes it.
+    """
+
+    def __init__(self, state: SamplingState, logit_soft_cap: float | None = None) -> None:
+        self._state = state
+        self._logit_soft_cap = logit_soft_cap
+
+    @property
+    def version(self) -> int:
+        """Changes when a request comes or goes: `plan` anew."""
+        return self._state.version
+
+    @property
+    def layout_version(self) -> int:
+        """Changes, in `plan` or `draw`, when a table moves: what was captured before must not be replayed."""
+        return self._state.layout_version
+
+    def plan(self, rows: npt.NDArray[np.int32]) -> DrawPlan:
+        """Bring the device's tables up to date, and say how to draw for these rows.
+
+        Args:
+            rows: int32[B], live rows in the order of the logits.
+        """
+        self._state.tables()
+        return DrawPlan(self._state.variant(rows), self._state.plan_logprobs(rows))
+
+    def draw(
+        self, logits_SV: Tensor, row_S: Tensor, batch: DeviceBatch, out_3S: Tensor, variant: Variant
+    ) -> None:
+        """Draw one token for each line's row and advance the row; see `ops.sample_rows`.
+
+        Args:
+            logits_SV: [S, V] as the model's head gives them; not changed.
+            row_S: [S] int32, -1 for padding lines.
+            batch: its histories, lengths and finished rows are advanced.
+            out_3S: [3 or more, S or more] int32, written: token, finish, 1 for a broken row.
+            variant: of a plan for these rows.
+        """
+        history = RowHistory(batch.history_RM, batch.lengths_R, batch.finished_R)
+        sample_rows(
+            logits_SV,
+            row_S,
+            self._state.tables(),
+            history,
+            out_3S,
+            variant=variant,
+            max_model_len=self._state.max_model_len,
+            logit_soft_cap=self._logit_soft_cap,
+        )
 
 
 class Sampler:

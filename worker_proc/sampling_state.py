@@ -9,9 +9,8 @@ Histories and lengths belong to the model runner. How logits change and tokens a
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from tercet.errors import ValidationError
 from tercet.ipc.messages import Finish, Sampling
 from tercet.ops.logits import unpack_bits
 from tercet.ops.noise import split_seed
+from tercet.ops.sample_rows import EDITS, RealColumn, RowFeature, SamplingTables, Variant, WholeColumn
 from tercet.ops.sampling import UNBOUNDED, RowParams
 from tercet.worker_proc.row_table import RowTable, upload
 
@@ -32,50 +32,7 @@ MAX_STOP_IDS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 128
-
-
-class Variant(enum.IntEnum):
-    """Which draw a batch needs: that of its most demanding row."""
-
-    GREEDY = 0  # argmax
-    TEMPERATURE = 1  # no row restricts its tokens
-    FULL = 2  # top-k, top-p or min-p
-
-
-class _Feature(enum.IntFlag):
-    """What a row uses, so that a batch knows its stages from the union."""
-
-    RANDOM = 1
-    RESTRICTED = 2
-    STOP = 4
-    MIN_TOKENS = 8
-    ALLOWED = 16
-    BIAS = 32
-    PENALTIES = 64
-    BAD_WORDS = 128
-
-
-class _Real(enum.IntEnum):
-    """Columns of the table of reals."""
-
-    INV_TEMPERATURE = 0
-    IS_RANDOM = 1
-    TOP_P = 2
-    MIN_P = 3
-    REPETITION = 4
-    FREQUENCY = 5
-    PRESENCE = 6
-
-
-class _Whole(enum.IntEnum):
-    """Columns of the table of integers."""
-
-    SEED_LOW = 0
-    SEED_HIGH = 1
-    TOP_K = 2
-    PROMPT_LEN = 3
-    MIN_TOKENS = 4
-    MAX_TOKENS = 5
+_TABLES = tuple(field.name for field in fields(SamplingTables))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +154,17 @@ class SamplingState:
         self._is_live = np.zeros(max_num_rows, dtype=np.bool_)
         self._features = np.zeros(max_num_rows, dtype=np.uint16)
         self._logprobs = np.full(max_num_rows, -1, dtype=np.int32)
-        self._reals = RowTable(max_num_rows, (len(_Real),), np.float32, 0, device)
-        self._wholes = RowTable(max_num_rows, (len(_Whole),), np.int32, 0, device)
+        self._reals = RowTable(max_num_rows, (len(RealColumn),), np.float32, 0, device)
+        self._wholes = RowTable(max_num_rows, (len(WholeColumn),), np.int32, 0, device)
         self._stop_ids = RowTable(max_num_rows, (1,), np.int32, -1, device)
         self._stop_finish = RowTable(max_num_rows, (1,), np.uint8, Finish.NONE, device)
         self._allowed_bits = RowTable(max_num_rows, (0,), np.uint8, 0, device)
         self._bias_ids = RowTable(max_num_rows, (0,), np.int32, -1, device)
         self._bias_values = RowTable(max_num_rows, (0,), np.float32, 0, device)
         self._bad_words = RowTable(max_num_rows, (0, 0), np.int32, -1, device)
+        self.layout_version = 0  # how often `tables` found one of them replaced, by a wider one
+        self._tables: SamplingTables | None = None  # as of _tables_version
+        self._tables_version = -1
 
     # ------------------------------------------------------------------------------------------
     # Requests come and go
@@ -235,7 +195,7 @@ class SamplingState:
         features = _scalar_features(sampling)
         features |= self._admit_stop_ids(row, sampling, num_outputs=len(token_ids) - prompt_len)
         features |= self._admit_masks(row, sampling)
-        if features & _Feature.PENALTIES:
+        if features & RowFeature.PENALTIES:
             self._admit_counts(row, prompt_len, token_ids)
         self._admit_scalars(row, sampling, features, seed, prompt_len)
         self._features[row] = features
@@ -289,9 +249,9 @@ class SamplingState:
                 raise ValidationError("logit_bias", "needs as many values as token ids")
 
     def _admit_scalars(
-        self, row: int, sampling: Sampling, features: _Feature, seed: int, prompt_len: int
+        self, row: int, sampling: Sampling, features: RowFeature, seed: int, prompt_len: int
     ) -> None:
-        is_random = bool(features & _Feature.RANDOM)
+        is_random = bool(features & RowFeature.RANDOM)
         self._reals.write(
             row,
             [
@@ -315,35 +275,39 @@ class SamplingState:
                 prompt_len,
                 min(sampling.min_tokens, UNBOUNDED),
                 min(sampling.max_tokens, UNBOUNDED),
+                int(features),
             ],
         )
 
-    def _admit_stop_ids(self, row: int, sampling: Sampling, num_outputs: int) -> _Feature:
+    def _admit_stop_ids(self, row: int, sampling: Sampling, num_outputs: int) -> RowFeature:
         # EOS comes first: a token that is both ends the row as EOS.
         finishes = dict.fromkeys(sampling.eos_token_ids, int(Finish.EOS))
         for token_id in sampling.stop_token_ids:
             finishes.setdefault(token_id, int(Finish.STOP_TOKEN))
         if not finishes:
-            return _Feature(0)
+            return RowFeature(0)
         self._stop_ids.write(row, list(finishes))
         self._stop_finish.write(row, list(finishes.values()))
-        return _Feature.STOP | (_Feature.MIN_TOKENS if num_outputs < sampling.min_tokens else _Feature(0))
+        return RowFeature.STOP | (
+            RowFeature.MIN_TOKENS if num_outputs < sampling.min_tokens else RowFeature(0)
+        )
 
-    def _admit_masks(self, row: int, sampling: Sampling) -> _Feature:
-        features = _Feature(0)
+    def _admit_masks(self, row: int, sampling: Sampling) -> RowFeature:
+        features = RowFeature(0)
         if sampling.allowed_token_ids is not None:
             self._allowed_bits.write(row, _pack_bits(sampling.allowed_token_ids, self.vocab_size))
-            features |= _Feature.ALLOWED
-        if sampling.logit_bias_ids is not None and sampling.logit_bias_values is not None:
-            self._bias_ids.write(row, sampling.logit_bias_ids)
-            self._bias_values.write(row, sampling.logit_bias_values)
-            features |= _Feature.BIAS
+            features |= RowFeature.ALLOWED
+        ids, values = sampling.logit_bias_ids, sampling.logit_bias_values
+        if ids is not None and values is not None and len(ids):
+            self._bias_ids.write(row, ids)
+            self._bias_values.write(row, values)
+            features |= RowFeature.BIAS
         if sampling.bad_words:
             longest = max(map(len, sampling.bad_words))
             self._bad_words.write(
                 row, [word[::-1] + [-1] * (longest - len(word)) for word in sampling.bad_words]
             )
-            features |= _Feature.BAD_WORDS
+            features |= RowFeature.BAD_WORDS
         return features
 
     def _admit_counts(self, row: int, prompt_len: int, token_ids: npt.NDArray[np.int32]) -> None:
@@ -377,17 +341,17 @@ class SamplingState:
             version=self.version,
             variant=_variant(features),
             row_B=row_B,
-            params=_row_params(reals, wholes, all_random=bool((features & _Feature.RANDOM).all())),
-            seeds_2B1=wholes[:, : _Whole.SEED_HIGH + 1].T.unsqueeze(-1).contiguous(),
-            prompt_len_B=wholes[:, _Whole.PROMPT_LEN].contiguous(),
-            max_tokens_B=wholes[:, _Whole.MAX_TOKENS].contiguous(),
+            params=_row_params(reals, wholes, all_random=bool((features & RowFeature.RANDOM).all())),
+            seeds_2B1=wholes[:, : WholeColumn.SEED_HIGH + 1].T.unsqueeze(-1).contiguous(),
+            prompt_len_B=wholes[:, WholeColumn.PROMPT_LEN].contiguous(),
+            max_tokens_B=wholes[:, WholeColumn.MAX_TOKENS].contiguous(),
             stop=self._plan_stop(features, row_B),
             min_tokens=self._plan_min_tokens(features, rows, wholes),
             allowed=self._plan_allowed(features, rows),
             bias=self._plan_bias(features, rows),
             penalties=self._plan_penalties(features, rows, reals),
             bad_words=self._plan_bad_words(features, rows, wholes),
-            logprobs=self._plan_logprobs(rows),
+            logprobs=self.plan_logprobs(rows),
         )
 
     def count_tokens(self, penalties: Penalties, token_B: Tensor, is_active_B: Tensor) -> None:
@@ -397,8 +361,41 @@ class SamplingState:
         twice_b = is_active_B.index_select(0, penalties.subset.position_b).int() * 2
         self.seen.view(-1).scatter_add_(0, penalties.subset.row_b * self.vocab_size + token_b, twice_b)
 
+    def tables(self) -> SamplingTables:
+        """All rows on the device, up to date with every request so far, for `ops.sample_rows`.
+
+        What has captured the tensors' addresses goes on with the rows of today if this was called since they
+        changed and `layout_version` is still what it was.
+        """
+        known = self._tables
+        if known is not None and self._tables_version == self.version:
+            return known
+        made = SamplingTables(
+            reals=self._reals.device_table(),
+            wholes=self._wholes.device_table(),
+            stop_ids=self._stop_ids.device_table(),
+            stop_finish=self._stop_finish.device_table(),
+            allowed_bits=self._allowed_bits.device_table(),
+            bias_ids=self._bias_ids.device_table(),
+            bias_values=self._bias_values.device_table(),
+            bad_words=self._bad_words.device_table(),
+            seen=self.seen,
+        )
+        self._tables_version = self.version
+        if known is None or any(getattr(made, name) is not getattr(known, name) for name in _TABLES):
+            self._tables = known = made
+            self.layout_version += 1
+        return known
+
+    def variant(self, rows: npt.NDArray[np.int32]) -> Variant:
+        """The variant of `ops.sample_rows` that serves these rows: FULL also where one edits its logits."""
+        features = self._features[rows]
+        if (int(np.bitwise_or.reduce(features)) if len(features) else 0) & EDITS:
+            return Variant.FULL
+        return _variant(features)
+
     def _subset(
-        self, features: npt.NDArray[np.uint16], feature: _Feature, rows: npt.NDArray[np.int32]
+        self, features: npt.NDArray[np.uint16], feature: RowFeature, rows: npt.NDArray[np.int32]
     ) -> Subset | None:
         return self._subset_where((features & feature) != 0, rows)
 
@@ -414,7 +411,7 @@ class SamplingState:
 
     def _plan_stop(self, features: npt.NDArray[np.uint16], row_B: Tensor) -> StopIds | None:
         # A row without stop ids has the table's padding only if none was written: its ids must not count.
-        has_stop = (features & _Feature.STOP) != 0
+        has_stop = (features & RowFeature.STOP) != 0
         if not has_stop.any():
             return None
         ids = self._stop_ids.device_table().index_select(0, row_B)
@@ -425,24 +422,24 @@ class SamplingState:
     def _plan_min_tokens(
         self, features: npt.NDArray[np.uint16], rows: npt.NDArray[np.int32], wholes: Tensor
     ) -> MinTokens | None:
-        if (subset := self._subset(features, _Feature.MIN_TOKENS, rows)) is None:
+        if (subset := self._subset(features, RowFeature.MIN_TOKENS, rows)) is None:
             return None
         return MinTokens(
             subset=subset,
             ids_bK=self._stop_ids.device_table().index_select(0, subset.row_b),
-            min_tokens_b1=wholes[:, _Whole.MIN_TOKENS, None].index_select(0, subset.position_b),
+            min_tokens_b1=wholes[:, WholeColumn.MIN_TOKENS, None].index_select(0, subset.position_b),
         )
 
     def _plan_allowed(
         self, features: npt.NDArray[np.uint16], rows: npt.NDArray[np.int32]
     ) -> AllowedTokens | None:
-        if (subset := self._subset(features, _Feature.ALLOWED, rows)) is None:
+        if (subset := self._subset(features, RowFeature.ALLOWED, rows)) is None:
             return None
         bits = self._allowed_bits.device_table().index_select(0, subset.row_b)
         return AllowedTokens(subset, unpack_bits(bits, self.vocab_size).logical_not_())
 
     def _plan_bias(self, features: npt.NDArray[np.uint16], rows: npt.NDArray[np.int32]) -> LogitBias | None:
-        if (subset := self._subset(features, _Feature.BIAS, rows)) is None:
+        if (subset := self._subset(features, RowFeature.BIAS, rows)) is None:
             return None
         return LogitBias(
             subset=subset,
@@ -453,62 +450,63 @@ class SamplingState:
     def _plan_penalties(
         self, features: npt.NDArray[np.uint16], rows: npt.NDArray[np.int32], reals: Tensor
     ) -> Penalties | None:
-        if (subset := self._subset(features, _Feature.PENALTIES, rows)) is None:
+        if (subset := self._subset(features, RowFeature.PENALTIES, rows)) is None:
             return None
         reals_b = reals.index_select(0, subset.position_b)
         return Penalties(
             subset=subset,
-            repetition_b1=reals_b[:, _Real.REPETITION, None],
-            frequency_b1=reals_b[:, _Real.FREQUENCY, None],
-            presence_b1=reals_b[:, _Real.PRESENCE, None],
+            repetition_b1=reals_b[:, RealColumn.REPETITION, None],
+            frequency_b1=reals_b[:, RealColumn.FREQUENCY, None],
+            presence_b1=reals_b[:, RealColumn.PRESENCE, None],
         )
 
     def _plan_bad_words(
         self, features: npt.NDArray[np.uint16], rows: npt.NDArray[np.int32], wholes: Tensor
     ) -> BadWords | None:
-        if (subset := self._subset(features, _Feature.BAD_WORDS, rows)) is None:
+        if (subset := self._subset(features, RowFeature.BAD_WORDS, rows)) is None:
             return None
         return BadWords(
             subset=subset,
             words_bNL=self._bad_words.device_table().index_select(0, subset.row_b),
-            prompt_len_b=wholes[:, _Whole.PROMPT_LEN].index_select(0, subset.position_b),
+            prompt_len_b=wholes[:, WholeColumn.PROMPT_LEN].index_select(0, subset.position_b),
         )
 
-    def _plan_logprobs(self, rows: npt.NDArray[np.int32]) -> LogprobRows | None:
+    def plan_logprobs(self, rows: npt.NDArray[np.int32]) -> LogprobRows | None:
+        """Which of these rows want log-probabilities, and how many; None if none does."""
         k = self._logprobs[rows]
         if (subset := self._subset_where(k >= 0, rows)) is None:
             return None
         return LogprobRows(subset, rows=rows[k >= 0].astype(np.int32), k=int(k.max()))
 
 
-def _scalar_features(sampling: Sampling) -> _Feature:
+def _scalar_features(sampling: Sampling) -> RowFeature:
     """Features that follow from the numbers alone."""
-    features = _Feature(0)
+    features = RowFeature(0)
     # The best token is all that top_k = 1 leaves, whatever the temperature.
     if sampling.temperature >= MIN_TEMPERATURE and sampling.top_k != 1:
-        features |= _Feature.RANDOM
+        features |= RowFeature.RANDOM
         if sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0:
-            features |= _Feature.RESTRICTED
+            features |= RowFeature.RESTRICTED
     penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
     if penalties != (1, 0, 0):
-        features |= _Feature.PENALTIES
+        features |= RowFeature.PENALTIES
     return features
 
 
 def _variant(features: npt.NDArray[np.uint16]) -> Variant:
-    union = int(np.bitwise_or.reduce(features))
-    if union & _Feature.RESTRICTED:
+    union = int(np.bitwise_or.reduce(features)) if len(features) else 0
+    if union & RowFeature.RESTRICTED:
         return Variant.FULL
-    return Variant.TEMPERATURE if union & _Feature.RANDOM else Variant.GREEDY
+    return Variant.TEMPERATURE if union & RowFeature.RANDOM else Variant.GREEDY
 
 
 def _row_params(reals: Tensor, wholes: Tensor, *, all_random: bool) -> RowParams:
     return RowParams(
-        inv_temperature_B1=reals[:, _Real.INV_TEMPERATURE, None].contiguous(),
-        is_random_B1=None if all_random else reals[:, _Real.IS_RANDOM, None].contiguous(),
-        top_k_B1=wholes[:, _Whole.TOP_K, None].contiguous(),
-        top_p_B1=reals[:, _Real.TOP_P, None].contiguous(),
-        min_p_B1=reals[:, _Real.MIN_P, None].contiguous(),
+        inv_temperature_B1=reals[:, RealColumn.INV_TEMPERATURE, None].contiguous(),
+        is_random_B1=None if all_random else reals[:, RealColumn.IS_RANDOM, None].contiguous(),
+        top_k_B1=wholes[:, WholeColumn.TOP_K, None].contiguous(),
+        top_p_B1=reals[:, RealColumn.TOP_P, None].contiguous(),
+        min_p_B1=reals[:, RealColumn.MIN_P, None].contiguous(),
     )
 
 

@@ -11,10 +11,10 @@ from tercet.config import ProcessConfig
 from tercet.ipc.child import ChildProcess, Progress
 from tercet.log import get_logger
 from tercet.model_source import resolve_model
+from tercet.ops.invariance import set_batch_invariant
 from tercet.worker_proc import kv_memory
 from tercet.worker_proc.loader import load_model
 from tercet.worker_proc.model_runner import ModelRunner
-from tercet.worker_proc.results import CudaResultQueue, ResultQueue
 
 logger = get_logger(__name__)
 
@@ -40,14 +40,19 @@ def make_runner(config: ProcessConfig, child: ChildProcess) -> ModelRunner:
         max_model_len=engine.model.max_model_len,
         progress=_reporter(child),
     )
-    dtype = next(model.parameters()).dtype
+    set_batch_invariant(engine.worker.batch_invariant)
+    model_dtype = next(model.parameters()).dtype
+    dtype = kv_memory.cache_dtype(engine, model_dtype)
     child.report(Progress("sizing the KV cache"))
     num_blocks = kv_memory.count_blocks(engine, model, dtype)
     caches = kv_memory.allocate(engine, model, num_blocks, dtype)
     gib = num_blocks * kv_memory.block_bytes(engine, model, dtype) / 2**30
-    logger.info("%s in %s on %s, KV cache %.2f GiB", engine.model.architecture, dtype, device, gib)
-    results = CudaResultQueue(device) if device.type == "cuda" else ResultQueue()
-    return ModelRunner(config, model, caches, results)
+    logger.info(
+        "%s in %s on %s, KV cache %.2f GiB of %s", engine.model.architecture, model_dtype, device, gib, dtype
+    )
+    runner = ModelRunner(config, model, caches)
+    runner.warm_up(lambda done, total: child.report(Progress("capturing graphs", done, total)))
+    return runner
 
 
 def _reporter(child: ChildProcess):  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import sys
@@ -198,6 +199,79 @@ def test_nothing_waits_for_the_device() -> None:
         batch.run(scale=0.3, sliding_window=5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["decodes", "prefills", "mixed"])
+def test_counts_on_the_device_stand_for_numbers_on_the_host(name: str) -> None:
+    batch = Batch(**BATCHES[name])
+    expected, meta = batch.run(scale=0.3, sliding_window=6), batch.meta
+    rows, spare = len(batch.seq_lens), 3
+
+    def padded(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat((values, torch.full((spare, *values.shape[1:]), 1 << 30, dtype=values.dtype)))
+
+    batch.q_THD = torch.cat((batch.q_THD, torch.full((spare, 4, HEAD_DIM), float("nan"))))
+    batch.meta = dataclasses.replace(
+        meta,
+        num_decodes=meta.num_decodes + 2,
+        block_table_BN=padded(meta.block_table_BN),
+        seq_lens_B=padded(meta.seq_lens_B),
+        query_start_B1=padded(meta.query_start_B1),
+        chunk_query_lens=(),
+        chunk_seq_lens=(),
+        counts=torch.tensor([meta.num_decodes, rows - meta.num_decodes], dtype=torch.int32),
+        num_chunks=rows - meta.num_decodes + 1,
+        num_chunk_tokens=expected.shape[0],
+        memo={},
+    )
+    got = batch.run(scale=0.3, sliding_window=6)
+    assert torch.equal(got[: expected.shape[0]], expected)
+
+
+def test_bounds_are_the_numbers_where_there_are_no_counts() -> None:
+    meta = Batch(**BATCHES["mixed"]).meta
+    assert (meta.chunks_bound, meta.chunk_tokens_bound) == (2, 13)
+    counts = torch.tensor([2, 2], dtype=torch.int32)
+    bounded = dataclasses.replace(meta, counts=counts, num_chunks=8, num_chunk_tokens=64)
+    assert (bounded.chunks_bound, bounded.chunk_tokens_bound) == (8, 64)
+    assert bounded.exact() == dataclasses.replace(
+        meta,
+        block_table_BN=bounded.exact().block_table_BN,
+        seq_lens_B=bounded.exact().seq_lens_B,
+        query_start_B1=bounded.exact().query_start_B1,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_cache(dtype: torch.dtype) -> None:
+    batch = Batch(**BATCHES["mixed"], dtype=dtype)
+    exact, scales = batch.expected(0.3), {"k_scale": 0.25, "v_scale": 0.125}
+    shape = batch.kv_cache.shape
+    cache = torch.zeros(shape).to(torch.float8_e4m3fn)
+    flat = batch.kv_cache.flatten(1, 2).clamp(-50, 50)  # the slots of nobody, too
+    ops.write_kv(flat[0], flat[1], cache, torch.arange(flat.shape[1]), **scales)
+    batch.kv_cache = cache
+    got = batch.run(scale=0.3, **scales)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), exact, atol=0.15, rtol=0.15)  # 3 bits of mantissa
+    # Against what the cache holds, it is as exact as any.
+    held = cache.float() * torch.tensor([0.25, 0.125])[:, None, None, None, None]
+    batch.kv_cache = held.to(dtype)
+    torch.testing.assert_close(got, batch.run(scale=0.3), atol=2e-2, rtol=2e-2)
+
+
+def test_float8_cache_saturates_and_stays_finite() -> None:
+    cache = torch.zeros(2, 2, 4, 1, 4).to(torch.float8_e4m3fn)
+    values = torch.tensor([[[1e4, -1e4, float("nan"), 1.0]]])
+    ops.write_kv(values, values, cache, torch.tensor([5]), k_scale=2.0, v_scale=0.5)
+    assert cache[0, 1, 1, 0].tolist() == [448.0, -448.0, 0.0, 0.5]
+    assert cache[1, 1, 1, 0].tolist() == [448.0, -448.0, 0.0, 2.0]
+
+
+def test_scales_belong_to_float8_caches() -> None:
+    batch = Batch(**BATCHES["mixed"])
+    with pytest.raises(ValueError, match=r"k_scale 2\.0 .* must be 1 for a cache of torch\.float32"):
+        batch.run(scale=0.3, k_scale=2.0)
 
 
 def test_scale_matters() -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels: `triton_cases.py` in a process of its own, and which device gets them."""
+"""The Triton kernels: `triton_*cases.py` in a process of its own, and which device gets them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from tercet.ops import rotary
 from tercet.ops.attention import paged_attention
 from tercet.ops.triton_support import on_cuda
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = sorted(map(str, Path(__file__).parent.glob("triton_*cases.py")))
 KERNELS = {
     "add_rms_norm",
+    "add_rms_norm_gated_linear",
+    "add_rms_norm_linear",
+    "gated_linear",
     "gelu_tanh_and_mul",
+    "linear",
     "paged_attention",
+    "prepare_step",
     "rms_norm",
     "rope_and_write_kv",
+    "sample_rows",
     "silu_and_mul",
 }
 
 
 def run_cases(environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *CASES]
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))
     }

@@ -17,7 +17,6 @@ from tercet.model_source import resolve_model
 from tercet.worker_proc import kv_memory
 from tercet.worker_proc.loader import load_model
 from tercet.worker_proc.model_runner import ModelRunner
-from tercet.worker_proc.results import ResultQueue
 
 VOCAB_SIZE = 512
 TINY_LLAMA = {
@@ -40,7 +39,9 @@ TINY_LLAMA = {
 class RunnerEngine:
     """Steps a scheduler and a model runner by hand."""
 
-    def __init__(self, folder: Path, *, num_blocks: int = 512, **args: Any) -> None:
+    def __init__(
+        self, folder: Path, *, num_blocks: int = 512, use_device_steps: bool = False, **args: Any
+    ) -> None:
         (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
         settings: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 256, "audit": True, **args}
         config = EngineArgs(
@@ -50,13 +51,14 @@ class RunnerEngine:
             num_gpu_blocks_override=num_blocks,
             **settings,
         ).create_engine_config()
+        self.config = config
         torch.set_num_threads(1)
         model = load_model(resolve_model(str(folder)), device="cpu", load_format="dummy")
         caches = kv_memory.allocate(config, model, num_blocks, torch.float32)
         process = ProcessConfig(
             engine=config, worker_address="", frontend_address="", runtime_dir="", epoch=1
         )
-        self.runner = ModelRunner(process, model, caches, ResultQueue())
+        self.runner = ModelRunner(process, model, caches, use_device_steps=use_device_steps)
         self.scheduler = Scheduler(
             config.scheduler,
             num_blocks=num_blocks,

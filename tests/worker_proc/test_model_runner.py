@@ -71,6 +71,15 @@ def run(folder: Path, depth: int, **args: Any) -> tuple[dict[int, list[int]], di
         pytest.param(2, {"num_blocks": 18}, id="forced preemption"),
         pytest.param(2, {"enable_prefix_caching": False}, id="no prefix cache"),
         pytest.param(2, {"block_size": 5}, id="odd block size"),
+        pytest.param(2, {"use_device_steps": True}, id="a GPU's steps"),
+        pytest.param(
+            3, {"use_device_steps": True, "num_blocks": 24, "block_size": 5}, id="a GPU's steps, preemption"
+        ),
+        pytest.param(
+            2,
+            {"use_device_steps": True, "max_num_seqs": 16, "max_num_batched_tokens": 17},
+            id="a GPU's steps, tiny budget",
+        ),
     ],
 )
 def test_tokens_do_not_depend_on_how_steps_are_cut(tmp_path: Path, depth: int, args: dict[str, Any]) -> None:
@@ -85,8 +94,13 @@ def test_tokens_do_not_depend_on_how_steps_are_cut(tmp_path: Path, depth: int, a
         assert engine.scheduler.counters.num_preemptions > 0
 
 
-def test_finish_reasons(tmp_path: Path) -> None:
-    engine = RunnerEngine(tmp_path)
+@pytest.fixture(params=[False, True], ids=["a CPU's steps", "a GPU's steps"])
+def device_steps(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def test_finish_reasons(tmp_path: Path, device_steps: bool) -> None:
+    engine = RunnerEngine(tmp_path, use_device_steps=device_steps)
     engine.add(make_request(0, [1, 2, 3], max_tokens=5))
     free = engine.run()[0]
     engine.add(make_request(1, [1, 2, 3], eos_token_ids=[free[1]]))
@@ -99,18 +113,18 @@ def test_finish_reasons(tmp_path: Path) -> None:
     assert len(engine.tokens[3]) == 6  # max_model_len is 256
 
 
-def test_resumed_request_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_resumed_request_goes_on_where_it_stopped(tmp_path: Path, device_steps: bool) -> None:
     settings = {"temperature": 1.0, "frequency_penalty": 0.7, "max_tokens": 30}
     whole = RunnerEngine(tmp_path)
     whole.add(make_request(4, [9, 8, 7], **settings))
     tokens = whole.run()[4]
-    resumed = RunnerEngine(tmp_path)
+    resumed = RunnerEngine(tmp_path, use_device_steps=device_steps)
     resumed.add(make_request(4, [9, 8, 7], outputs=tokens[:11], **settings))
     assert resumed.run()[4] == tokens
 
 
-def test_row_with_every_token_masked_fails_alone(tmp_path: Path) -> None:
-    engine = RunnerEngine(tmp_path)
+def test_row_with_every_token_masked_fails_alone(tmp_path: Path, device_steps: bool) -> None:
+    engine = RunnerEngine(tmp_path, use_device_steps=device_steps)
     engine.add(make_request(0, [1, 2, 3]))
     everything = np.arange(VOCAB_SIZE, dtype=np.int32)
     bias = np.full(VOCAB_SIZE, -np.inf, np.float32)
@@ -119,6 +133,28 @@ def test_row_with_every_token_masked_fails_alone(tmp_path: Path) -> None:
     assert engine.failed.keys() == {1}
     assert engine.finish[0] == Finish.LENGTH
     engine.scheduler.check_invariants()
+
+
+def test_logprobs_of_a_gpus_steps_are_those_of_a_cpus(tmp_path: Path) -> None:
+    found = []
+    for use_device_steps in (False, True):
+        engine = RunnerEngine(tmp_path, use_device_steps=use_device_steps)
+        engine.add(make_request(0, [1, 2, 3], logprobs=4, temperature=1.0))
+        engine.add(make_request(1, [5, 6]))
+        prompt = make_request(2, list(range(1, 40)), prompt_logprobs=2, logprobs=0, repetition_penalty=1.4)
+        engine.add(prompt)
+        engine.run()
+        columns = [message.logprobs for message in engine.outputs if message.logprobs is not None]
+        prompts = [
+            message.prompt_logprobs for message in engine.outputs if message.prompt_logprobs is not None
+        ]
+        found.append((columns, prompts))
+    (columns, prompts), (gpu_columns, gpu_prompts) = found
+    assert len(columns) == len(gpu_columns) > 10 and len(prompts) == len(gpu_prompts) == 1
+    for mine, gpu in zip([*columns, *prompts], [*gpu_columns, *gpu_prompts], strict=True):
+        np.testing.assert_array_equal(mine.token_ids, gpu.token_ids)
+        np.testing.assert_array_equal(mine.rank, gpu.rank)
+        np.testing.assert_allclose(mine.logprobs, gpu.logprobs, rtol=1e-5, atol=1e-5)
 
 
 def count_calls(engine: RunnerEngine, steps: int) -> list[int]:

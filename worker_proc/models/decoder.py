@@ -57,8 +57,18 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, place, spec.norm_weight_offset)
             self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps, place, spec.norm_weight_offset)
 
-    def forward(self, x_TD: Tensor, angles: Angles, kv_cache: Tensor, meta: AttentionMetadata) -> Tensor:
-        qkv_THD = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+    def forward(
+        self,
+        norm: RMSNorm,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
+        angles: Angles,
+        kv_cache: Tensor,
+        meta: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over norm(x + residual), and that sum."""
+        qkv_TX, total_TD = self.qkv_proj.after_norm(norm, x_TD, residual_TD)
+        qkv_THD = qkv_TX.unflatten(-1, (-1, self.head_dim))
         q_THD = ops.rope_and_write_kv(
             qkv_THD,
             *angles,
@@ -76,8 +86,7 @@ class Attention(nn.Module):
             sliding_window=self.sliding_window,
             soft_cap=self.soft_cap,
         )
-        out_TD: Tensor = self.o_proj(out_THD.flatten(1))
-        return out_TD
+        return self.o_proj(out_THD.flatten(1)), total_TD
 
 
 class GatedMLP(nn.Module):
@@ -90,11 +99,15 @@ class GatedMLP(nn.Module):
             spec.hidden_size, (size, size), ("gate", "up"), bias=spec.mlp_bias, place=place
         )
         self.down_proj = RowParallelLinear(size, spec.hidden_size, bias=spec.mlp_bias, place=place)
-        self.activation = ops.silu_and_mul if spec.activation == "silu" else ops.gelu_tanh_and_mul
+        self.activation: ops.Activation = "silu" if spec.activation == "silu" else "gelu_tanh"
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        out_TD: Tensor = self.down_proj(self.activation(self.gate_up_proj(x_TD)))
-        return out_TD
+    def forward(self, norm: RMSNorm, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The feed-forward of norm(x + residual), and that sum."""
+        merged = self.gate_up_proj
+        hidden_TF, total_TD = ops.add_rms_norm_gated_linear(
+            x_TD, norm.preceding(residual_TD), merged.weight, merged.bias, self.activation
+        )
+        return self.down_proj(hidden_TF), total_TD
 
 
 class DecoderLayer(nn.Module):
@@ -113,13 +126,17 @@ class DecoderLayer(nn.Module):
         return RMSNorm(spec.hidden_size, spec.rms_norm_eps, place, spec.norm_weight_offset)
 
     def forward(
-        self, x_TD: Tensor, residual_TD: Tensor, angles: Angles, kv_cache: Tensor, meta: AttentionMetadata
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
+        angles: Angles,
+        kv_cache: Tensor,
+        meta: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
-        """The layer's output and the residual that is still to be added to it."""
-        x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
-        x_TD = self.self_attn(x_TD, angles, kv_cache, meta)
-        x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
-        return self.mlp(x_TD), residual_TD
+        """The layer's output and the residual that is still to be added to it; the first layer gets none."""
+        x_TD, total_TD = self.self_attn(self.input_layernorm, x_TD, residual_TD, angles, kv_cache, meta)
+        x_TD, total_TD = self.mlp(self.post_attention_layernorm, x_TD, total_TD)
+        return x_TD, total_TD
 
 
 class Decoder(nn.Module):
@@ -145,7 +162,7 @@ class Decoder(nn.Module):
         if self.embedding_scale is not None:
             x_TD = x_TD * self.embedding_scale
         angles = {kind: rotary.angles(positions_T, x_TD.dtype) for kind, rotary in self.rotary.items()}
-        residual_TD = torch.zeros_like(x_TD)
+        residual_TD: Tensor | None = None
         for layer, kind, kv_cache in zip(self.layers, self.layer_types, kv_caches, strict=True):
             x_TD, residual_TD = layer(x_TD, residual_TD, angles[kind], kv_cache, meta)
         hidden_TD, _ = self.norm.add(x_TD, residual_TD)
@@ -218,7 +235,11 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden_BD: Tensor) -> Tensor:
         """Hidden states of the tokens that are sampled from, to float32 logits [B, V]."""
-        logits_BV: Tensor = self.lm_head(hidden_BD).float()
+        return self.finish_logits(self.lm_head(hidden_BD))
+
+    def finish_logits(self, logits_BV: Tensor) -> Tensor:
+        """What the head gives, as float32 and capped where the model caps it."""
+        logits_BV = logits_BV.float()
         if (cap := self.spec.logit_soft_cap) is not None:
             logits_BV = torch.tanh(logits_BV / cap) * cap
         return logits_BV

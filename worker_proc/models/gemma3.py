@@ -25,12 +25,17 @@ class Gemma3DecoderLayer(DecoderLayer):
         self.post_feedforward_layernorm = self.norm(spec, place)
 
     def forward(
-        self, x_TD: Tensor, residual_TD: Tensor, angles: Angles, kv_cache: Tensor, meta: AttentionMetadata
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor | None,
+        angles: Angles,
+        kv_cache: Tensor,
+        meta: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
-        x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
-        x_TD = self.post_attention_layernorm(self.self_attn(x_TD, angles, kv_cache, meta))
-        x_TD, residual_TD = self.pre_feedforward_layernorm.add(x_TD, residual_TD)
-        return self.post_feedforward_layernorm(self.mlp(x_TD)), residual_TD
+        x_TD, total_TD = self.self_attn(self.input_layernorm, x_TD, residual_TD, angles, kv_cache, meta)
+        x_TD = self.post_attention_layernorm(x_TD)
+        x_TD, total_TD = self.mlp(self.pre_feedforward_layernorm, x_TD, total_TD)
+        return self.post_feedforward_layernorm(x_TD), total_TD
 
 
 class Gemma3ForCausalLM(CausalLM):

@@ -1,0 +1,101 @@
+"""Measured choices for linear layers of few rows; written by `benchmarks/gpu/tune_linear.py`.
+
+(kind, rows of the weight, D) -> {most rows of x: kernel}. 'separate' is cuBLAS with the operations around it one
+by one, which also serves every shape and number of rows that is not here.
+"""
+
+TABLE: dict[tuple[str, int, int], dict[int, str]] = {
+    ("linear", 4096, 1024): {
+        1: "gemv o2 k1024 w2",
+        2: "gemv o4 k1024 w4",
+        4: "gemv o4 k1024 w4",
+        8: "grouped m16 o8 k128 g4 s3 w4",
+        16: "grouped m16 o8 k128 g4 s3 w4",
+        32: "separate",
+        64: "separate",
+    },
+    ("linear", 1024, 2048): {
+        1: "gemv o2 k2048 w4",
+        2: "gemv o2 k2048 w4",
+        4: "gemv o2 k2048 w4",
+        8: "grouped m16 o16 k128 g4 s3 w4",
+        16: "grouped m16 o16 k128 g4 s3 w4",
+        32: "separate",
+        64: "separate",
+    },
+    ("gated", 6144, 1024): {
+        1: "gemv o1 k1024 w2",
+        2: "gemv o2 k1024 w4",
+        4: "grouped m16 o8 k128 g4 s3 w4",
+        8: "grouped m16 o8 k128 g4 s3 w4",
+        16: "grouped m16 o8 k128 g4 s3 w4",
+        32: "separate",
+        64: "separate",
+    },
+    ("linear", 1024, 3072): {
+        1: "gemv o2 k4096 w8",
+        2: "gemv o2 k4096 w8",
+        4: "gemv o1 k4096 w4",
+        8: "grouped m16 o16 k64 g4 s4 w4",
+        16: "grouped m16 o16 k64 g4 s4 w4",
+        32: "separate",
+        64: "separate",
+    },
+    ("linear", 151936, 1024): {
+        1: "gemv o2 k1024 w2",
+        2: "gemv o4 k1024 w4",
+        4: "grouped m16 o16 k128 g4 s2 w4",
+        8: "grouped m16 o16 k128 g4 s2 w4",
+        16: "grouped m16 o16 k128 g4 s2 w4",
+        32: "separate",
+        64: "tiled m64 o32 k128 s4 w4",
+    },
+    ("norm_linear", 4096, 1024): {
+        1: "gemv o2 k1024 w2",
+        2: "separate",
+        4: "separate",
+    },
+    ("linear", 6144, 4096): {
+        1: "gemv o2 k4096 w8",
+        2: "gemv o4 k1024 w4",
+        4: "grouped m16 o16 k128 g4 s3 w4",
+        8: "grouped m16 o16 k128 g4 s3 w4",
+        16: "grouped m16 o16 k128 g4 s3 w4",
+        32: "separate",
+        64: "separate",
+    },
+    ("linear", 4096, 4096): {
+        1: "gemv o2 k4096 w8",
+        2: "gemv o2 k4096 w8",
+        4: "grouped m16 o8 k128 g4 s3 w4",
+        8: "grouped m16 o8 k128 g4 s3 w4",
+        16: "grouped m16 o8 k128 g4 s3 w4",
+        32: "separate",
+        64: "separate",
+    },
+    ("gated", 28672, 4096): {
+        1: "gemv o2 k1024 w4",
+        2: "gemv o1 k4096 w8",
+        4: "grouped m16 o8 k128 g4 s3 w4",
+        8: "grouped m16 o8 k128 g4 s3 w4",
+        16: "grouped m16 o8 k128 g4 s3 w4",
+        32: "separate",
+        64: "tiled m64 o64 k128 s4 w4",
+    },
+    ("linear", 4096, 14336): {
+        1: "gemv o4 k4096 w8",
+        2: "gemv o2 k4096 w8",
+        4: "grouped m16 o8 k128 g4 s3 w4",
+        8: "grouped m16 o8 k128 g4 s3 w4",
+        16: "grouped m16 o8 k128 g4 s3 w4",
+        32: "grouped m32 o16 k128 g4 s3 w4",
+        64: "separate",
+    },
+    ("linear", 128256, 4096): {
+        1: "gemv o4 k4096 w8",
+        2: "gemv o2 k4096 w8",
+        4: "gemv o4 k1024 w4",
+        8: "grouped m16 o8 k128 g4 s3 w4",
+        16: "grouped m16 o8 k128 g4 s3 w4",
+    },
+}
