@@ -31,6 +31,7 @@ BF16 = torch.bfloat16
 BLOCK_SIZE = 16
 SET_BYTES = 150e6  # inputs of all the calls in a graph, at least: three times the L2 cache
 MAX_CALLS = 24
+UNEVEN = [64 * (1 + 29 * i % 64) for i in range(64)]  # lengths of a batch, in no order
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,28 @@ def metadata(decode_lens: list[int], chunks: list[tuple[int, int]]) -> tuple[Att
     return meta, sum(counts) + 1
 
 
-def attention(shape: Shape, what: str, decode_lens: list[int], chunks: list[tuple[int, int]]) -> list[Case]:
+def attention(
+    shape: Shape,
+    what: str,
+    decode_lens: list[int],
+    chunks: list[tuple[int, int]],
+    *,
+    cache_dtype: torch.dtype = BF16,
+    **arguments: Any,
+) -> list[Case]:
+    """A step's attention; `arguments` go to the operation."""
     meta, num_blocks = metadata(decode_lens, chunks)
     tokens = len(decode_lens) + sum(query for query, _ in chunks)
     positions = sum(decode_lens) + sum(length for _, length in chunks)
-    num_bytes = (
-        4.0 * positions * shape.kv_heads * shape.head_dim + 4.0 * tokens * shape.heads * shape.head_dim
-    )
+    num_bytes = 4.0 * tokens * shape.heads * shape.head_dim
+    num_bytes += 2.0 * cache_dtype.itemsize * positions * shape.kv_heads * shape.head_dim
     pairs = sum(decode_lens) + sum(query * (2 * length - query + 1) / 2 for query, length in chunks)
     q = random(tokens, shape.heads, shape.head_dim)
     calls: list[Callable[[], Any]] = []
     scale = shape.head_dim**-0.5
     for _ in range(copies(num_bytes)):
-        cache = random(2, num_blocks, BLOCK_SIZE, shape.kv_heads, shape.head_dim)
-        calls.append(partial(ops.paged_attention, q, cache, meta, scale=scale))
+        cache = random(2, num_blocks, BLOCK_SIZE, shape.kv_heads, shape.head_dim).to(cache_dtype)
+        calls.append(partial(ops.paged_attention, q, cache, meta, scale=scale, **arguments))
     flops = 4.0 * pairs * shape.heads * shape.head_dim
     return [Case("paged_attention", f"{shape.name} {what}", calls, num_bytes, flops)]
 
@@ -203,6 +212,12 @@ def cases() -> list[Callable[[], list[Case]]]:
             made.append(
                 partial(attention, shape, f"prefill {count} x {length}", [], [(length, length)] * count)
             )
+        for batch in (64, 256):
+            what = f"decode {batch} x 1024, fp8 cache"
+            fp8 = torch.float8_e4m3fn
+            made.append(partial(attention, shape, what, [1024] * batch, [], cache_dtype=fp8))
+        made.append(partial(attention, shape, "decode 64 x 64...4096", UNEVEN, []))
+        made.append(partial(attention, shape, "chunk 16 of 8192", [], [(16, 8192)]))
         mixed = [512] * 128, [(1024, 2048)]
         made.append(partial(attention, shape, "mixed 128 x 512 + 1024 of 2048", *mixed))
         for tokens in (1, 64, 256, 8192):

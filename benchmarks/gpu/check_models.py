@@ -1,24 +1,20 @@
 """Greedy tokens of six architectures on a GPU, against transformers on the same random checkpoints.
 
-    PYTHONPATH=. python benchmarks/gpu/check_models.py --out DIR
+    python -m benchmarks.gpu.check_models --out DIR
 
 Small checkpoints are made by transformers (initializer_range 0.2, so that logit gaps are not noise) and served
 by `LLM` in float32 and bfloat16, overlapped and plain, with a budget that cuts prompts into chunks and a pool
 that forces preemption. The reference runs in float32 on the same device. A first difference counts as explained
 where the reference's two best logits are closer than rounding: 1e-4 in float32, and in bfloat16 twice the largest
-error that transformers' own bfloat16 run makes on the same tokens. Also decode speed of Qwen3-0.6B's shape with
-random weights, for orientation only: no graphs, no tuned kernels yet.
+error that transformers' own bfloat16 run makes on the same tokens. `run.py` measures speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import environment
 from tercet import LLM, SamplingParams, TokensPrompt
 
 VOCAB = 512
@@ -167,59 +164,19 @@ def check(out: dict[str, Any], save: Callable[[], None]) -> None:
                 save()
 
 
-def speed(out: dict[str, Any], save: Callable[[], None]) -> None:
-    """Decode of Qwen3-0.6B's shape with random weights, as it is now, without graphs or tuned kernels."""
-    import transformers as hf
-
-    config = hf.Qwen3Config(
-        vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, intermediate_size=3072, tie_word_embeddings=True, max_position_embeddings=8192,
-        architectures=["Qwen3ForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        started = time.perf_counter()
-        llm = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, max_num_seqs=256)
-        out["speed"].append({"what": "start to ready, s", "value": round(time.perf_counter() - started, 1)})
-        rng = random.Random(0)
-        for batch in (1, 64, 256):
-            given = [
-                TokensPrompt(prompt_token_ids=[rng.randrange(10000) for _ in range(128)])
-                for _ in range(batch)
-            ]
-            params = SamplingParams(temperature=0, max_tokens=256, ignore_eos=True, detokenize=False)
-            llm.generate(given, params, use_tqdm=False)  # warm-up
-            started = time.perf_counter()
-            llm.generate(given, params, use_tqdm=False)
-            seconds = time.perf_counter() - started
-            row = {"what": f"{batch} x 128/256 greedy", "ms per step": round(seconds / 256 * 1e3, 2)}
-            out["speed"].append({**row, "output tok/s": round(batch * 256 / seconds)})
-            print(json.dumps(out["speed"][-1]), flush=True)
-            save()
-        llm.shutdown()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", help="the commit measured, where git cannot tell")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    out: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "models": [],
-        "speed": [],
-    }
+    out: dict[str, Any] = {"environment": environment.describe(args.commit), "models": []}
 
     def save() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "check_models.json").write_text(json.dumps(out, indent=1) + "\n")
 
-    speed(out, save)
     check(out, save)
 
 
