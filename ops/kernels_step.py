@@ -72,3 +72,23 @@ def prepare_step_kernel(
     for begin in range(0, num_blocks, BLOCK):
         n = begin + tl.arange(0, BLOCK)
         tl.store(step_table + n, tl.load(table + n, mask=n < num_blocks, other=0), mask=n < num_blocks)
+
+
+@triton.jit
+def copy_pieces_kernel(arena, pieces, BLOCK: tl.constexpr):
+    """Program (piece): `size` bytes from `offset` of the arena to the address `target`."""
+    piece = pieces + 3 * tl.program_id(0)
+    target, offset, size = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
+    if (target % 4 == 0) & (size % 4 == 0):
+        from_words = (arena + offset).to(tl.pointer_type(tl.int32))
+        to_words = target.to(tl.pointer_type(tl.int32))
+        for begin in range(0, size // 4, BLOCK):
+            i = begin + tl.arange(0, BLOCK)
+            keep = i < size // 4
+            tl.store(to_words + i, tl.load(from_words + i, mask=keep), mask=keep)
+    else:
+        from_bytes, to_bytes = arena + offset, target.to(tl.pointer_type(tl.uint8))
+        for begin in range(0, size, BLOCK):
+            i = begin + tl.arange(0, BLOCK)
+            keep = i < size
+            tl.store(to_bytes + i, tl.load(from_bytes + i, mask=keep), mask=keep)

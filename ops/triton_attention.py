@@ -14,11 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tercet.ops import kernels_attention
 from tercet.ops.attention import AttentionMetadata
 from tercet.ops.invariance import is_batch_invariant
-from tercet.ops.kernels_attention import ALL, CHUNKS, DECODES, attention_kernel
+from tercet.ops.kernels_attention import ALL, CHUNKS, DECODES
 from tercet.ops.kv_write import check_kv_scales
+from tercet.ops.launch import Kernel
 from tercet.ops.triton_support import next_power_of_2, num_processors, programmatic_launch
+
+_attention_kernel = Kernel(kernels_attention.attention_kernel)
 
 _PADDED_ROWS = (
     1,
@@ -28,6 +32,7 @@ _PADDED_ROWS = (
 )  # the kernel is compiled for these numbers of sequences, and powers of two above
 _COMBINED_ELEMENTS = 2048  # of the lines that are combined at a time
 _INT32_ELEMENTS = 1 << 31
+_MANY_ROWS = 16  # from here on a step has work enough without cutting contexts finely
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +59,22 @@ class Tiles:
     max_registers: int | None = None
 
 
-def decode_tiles(head_dim: int, group: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of decode by head size, query heads of a KV head, and dtype."""
+def decode_tiles(
+    head_dim: int, group: int, dtype: torch.dtype, cache_dtype: torch.dtype, num_rows: int
+) -> Tiles:
+    """Tiles of decode by head size, query heads of a KV head, dtypes, and the most rows of the step.
+
+    Measured by `benchmarks/gpu/tune_attention.py` for heads of 128; see `benchmarks/results`.
+    """
     m = max(16, next_power_of_2(group))
     if dtype == torch.float32:
         return Tiles(m, 32 if head_dim <= 128 else 16, 4, 2, 4, 1)
-    return Tiles(m, 64 if head_dim <= 128 else 32, 4, 3, 4, 1)
+    n = 64 if head_dim <= 128 else 32
+    if cache_dtype.itemsize == 1 and head_dim <= 128:
+        return Tiles(m, n, 4, 5, 2, 1)
+    if num_rows < _MANY_ROWS:
+        return Tiles(m, n, 4, 3, 2, 1)
+    return Tiles(m, n, 4, 3, 4, 4)
 
 
 def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype, max_query_len: int) -> Tiles:
@@ -69,11 +84,9 @@ def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype, max_query_len: 
         return Tiles(max(least, 32), 32 if head_dim <= 128 else 16, 4, 2, 2, 4)
     if head_dim > 128:
         return Tiles(max(least, 64), 32, 4, 2, 2, 4)
-    if max_query_len * group <= 64:
-        return Tiles(max(least, 64), 64, 4, 3, 2, 4)
     if max_query_len <= 1024:
-        return Tiles(max(least, 128), 64, 8, 3, 2, 4)
-    return Tiles(max(least, 128), 64, 4, 3, 2, 4)
+        return Tiles(max(least, 64), 64, 4, 3, 2, 4)
+    return Tiles(max(least, 128), 64, 8, 3, 2, 4, max_registers=128)
 
 
 def invariant_tiles(head_dim: int, group: int, dtype: torch.dtype) -> Tiles:
@@ -129,7 +142,7 @@ def paged_attention(
         _launch(call, tiles, ALL.value, num_decodes + num_chunks, num_decodes + chunk_tokens)
         return out_THD
     if num_decodes:
-        tiles = decode or decode_tiles(head_dim, group, dtype)
+        tiles = decode or decode_tiles(head_dim, group, dtype, kv_cache.dtype, num_decodes)
         _launch(call, tiles, DECODES.value, num_decodes, num_decodes)
     if num_chunks:
         tiles = prefill or prefill_tiles(head_dim, group, dtype, meta.max_query_len)
@@ -168,7 +181,7 @@ def _launch(call: _Call, tiles: Tiles, rows: int, num_rows: int, num_tokens: int
     splits = grid > q_tiles * num_kv_heads or tiles.segment
     num_parts = 2 * programs * lines * (head_dim + 2) if splits else 1
     launch = programmatic_launch(q.device, q.shape[0])
-    attention_kernel[(grid,)](
+    _attention_kernel[(grid,)](
         call.out,
         torch.empty(num_parts, dtype=torch.float32, device=q.device),
         _arrivals(q.device, 2 * programs),

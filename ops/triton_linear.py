@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tercet.ops.kernels_linear import gemv_kernel, grouped_linear_kernel, tiled_linear_kernel
+from tercet.ops import kernels_linear
+from tercet.ops.launch import Kernel
 from tercet.ops.linear_configs import MAX_GEMV_ROWS, LinearConfig
 from tercet.ops.triton_support import next_power_of_2, programmatic_launch
 
 if TYPE_CHECKING:
     from tercet.ops.linear import Activation, PrecedingNorm
+
+_gemv_kernel = Kernel(kernels_linear.gemv_kernel)
+_grouped_linear_kernel = Kernel(kernels_linear.grouped_linear_kernel)
+_tiled_linear_kernel = Kernel(kernels_linear.tiled_linear_kernel)
 
 _PREFETCH_COLUMNS = 1024  # of each weight row, before the input is ready
 
@@ -48,7 +53,7 @@ def linear(
     out = torch.empty((*x.shape[:-1], out_size), dtype=x.dtype, device=x.device)
     tiles_o, tiles_m = -(-out_size // config.block_o), -(-num_rows // config.block_m)
     is_grouped = config.kernel == "grouped"
-    kernel: Any = grouped_linear_kernel if is_grouped else tiled_linear_kernel
+    kernel: Any = _grouped_linear_kernel if is_grouped else _tiled_linear_kernel
     launch = programmatic_launch(x.device, num_rows)
     kernel[(tiles_o, tiles_m) if is_grouped else (tiles_o * tiles_m,)](
         out,
@@ -107,7 +112,7 @@ def _gemv(
     out = torch.empty((*x.shape[:-1], out_size), dtype=x.dtype, device=x.device)
     total = x if norm is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch = programmatic_launch(x.device, num_rows)
-    gemv_kernel[(-(-out_size // config.block_o),)](
+    _gemv_kernel[(-(-out_size // config.block_o),)](
         out,
         x,
         weight,

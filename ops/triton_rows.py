@@ -8,9 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tercet.ops.kernels_rows import gated_activation_kernel, rms_norm_kernel, rope_and_write_kv_kernel
+from tercet.ops import kernels_rows
 from tercet.ops.kv_write import check_kv_scales
+from tercet.ops.launch import Kernel
 from tercet.ops.triton_support import next_power_of_2, programmatic_launch
+
+_gated_activation_kernel = Kernel(kernels_rows.gated_activation_kernel)
+_rms_norm_kernel = Kernel(kernels_rows.rms_norm_kernel)
+_rope_and_write_kv_kernel = Kernel(kernels_rows.rope_and_write_kv_kernel)
 
 _ACTIVATION_BLOCK = 1024
 _HEADS_PER_PROGRAM_ELEMENTS = 1024  # a program takes as many heads as make this many elements
@@ -50,7 +55,7 @@ def _launch_norm(
     padded = next_power_of_2(size)
     num_rows = x.numel() // size
     launch = programmatic_launch(x.device, num_rows)
-    rms_norm_kernel[(num_rows,)](
+    _rms_norm_kernel[(num_rows,)](
         out,
         total,
         x,
@@ -95,7 +100,7 @@ def rope_and_write_kv(
     padded = next_power_of_2(head_dim)
     heads = min(next_power_of_2(num_all), max(1, _HEADS_PER_PROGRAM_ELEMENTS // padded))
     launch = programmatic_launch(qkv_THD.device, num_tokens)
-    rope_and_write_kv_kernel[(num_tokens, -(-num_all // heads))](
+    _rope_and_write_kv_kernel[(num_tokens, -(-num_all // heads))](
         q_THD,
         kv_cache,
         kv_cache.stride(0),
@@ -141,7 +146,7 @@ def _launch_activation(gate_up: Tensor, *, gelu: bool) -> Tensor:
     block = min(_ACTIVATION_BLOCK, next_power_of_2(size))
     num_rows = out.numel() // size
     launch = programmatic_launch(gate_up.device, num_rows)
-    gated_activation_kernel[(num_rows, -(-size // block))](
+    _gated_activation_kernel[(num_rows, -(-size // block))](
         out, gate_up, F=size, GELU=gelu, BLOCK=block, PDL=bool(launch), num_warps=4, **launch
     )
     return out

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tercet.ops.kernels_sampling import finish_kernel, restrict_kernel, scan_kernel
+from tercet.ops import kernels_sampling
+from tercet.ops.launch import Kernel
 from tercet.ops.sample_rows import RowHistory, SamplingTables, Variant
 from tercet.ops.triton_support import next_power_of_2
+
+_finish_kernel = Kernel(kernels_sampling.finish_kernel)
+_restrict_kernel = Kernel(kernels_sampling.restrict_kernel)
+_scan_kernel = Kernel(kernels_sampling.scan_kernel)
 
 _MAX_GROUPS = 1 << 14  # of a line: restrict holds one logit of each in registers
 _STOP_TILE = 32
@@ -90,7 +95,7 @@ def sample_rows(
     if full:
         _restrict(scratch, shape, arguments)
     num_stop = tables.stop_ids.shape[1]
-    finish_kernel[(shape.lines,)](
+    _finish_kernel[(shape.lines,)](
         out_3S,
         out_3S.stride(0),
         scratch.drawn_S,
@@ -157,7 +162,7 @@ class _Arguments:
 
 
 def _scan(scratch: _Scratch, shape: _Shape, arguments: _Arguments, variant: Variant) -> None:
-    scan_kernel[(shape.parts, shape.lines)](
+    _scan_kernel[(shape.parts, shape.lines)](
         scratch.score_SP,
         scratch.token_SP,
         scratch.logit_SP,
@@ -179,7 +184,7 @@ def _scan(scratch: _Scratch, shape: _Shape, arguments: _Arguments, variant: Vari
 
 
 def _restrict(scratch: _Scratch, shape: _Shape, arguments: _Arguments) -> None:
-    restrict_kernel[(shape.lines,)](
+    _restrict_kernel[(shape.lines,)](
         scratch.drawn_S,
         scratch.list_SG,
         scratch.score_SP,

@@ -1,14 +1,21 @@
-"""Launches Triton's `prepare_step`: one kernel for the block changes and one for the rest."""
+"""Launches what keeps the rows on the device: `prepare_step`, and copies of many small pieces."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from tercet.ops.kernels_step import change_blocks_kernel, prepare_step_kernel
+from tercet.ops import kernels_step
+from tercet.ops.launch import Kernel
 from tercet.ops.step_state import NUM_CHANGES, RowTensors, StepBuffer, StepTensors
+
+_change_blocks_kernel = Kernel(kernels_step.change_blocks_kernel)
+_copy_pieces_kernel = Kernel(kernels_step.copy_pieces_kernel)
+_prepare_step_kernel = Kernel(kernels_step.prepare_step_kernel)
 
 _CHANGES_PER_PROGRAM = 1024
 _TOKENS_AT_A_TIME = 128
+_WORDS_AT_A_TIME = 1024
 
 
 def prepare_step(
@@ -22,7 +29,7 @@ def prepare_step(
 ) -> None:
     """As `ops.prepare_step`."""
     table = rows.block_table_RN
-    change_blocks_kernel[(-(-layout.max_changes // _CHANGES_PER_PROGRAM),)](
+    _change_blocks_kernel[(-(-layout.max_changes // _CHANGES_PER_PROGRAM),)](
         buffer,
         table,
         table.stride(0),
@@ -31,7 +38,7 @@ def prepare_step(
         BLOCK=_CHANGES_PER_PROGRAM,
         num_warps=4,
     )
-    prepare_step_kernel[(num_tokens,)](
+    _prepare_step_kernel[(num_tokens,)](
         buffer,
         rows.history_RM,
         rows.history_RM.stride(0),
@@ -59,3 +66,14 @@ def prepare_step(
         BLOCK=_TOKENS_AT_A_TIME,
         num_warps=1,
     )
+
+
+def copy_pieces(arena: Tensor, count: int) -> None:
+    """Copy pieces of an arena to where they belong.
+
+    Args:
+        arena: uint8; begins with `count` triples of int64: target address, offset of the piece in the arena, and
+            its size in bytes. Targets are on the arena's device and do not overlap.
+    """
+    pieces = arena[: count * 24].view(torch.int64)
+    _copy_pieces_kernel[(count,)](arena, pieces, BLOCK=_WORDS_AT_A_TIME, num_warps=4)

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from tercet.ipc.messages import Admission, Audit, RowState, StepPlan
 from tercet.worker_proc.audit import check_audit
+from tercet.worker_proc.patches import Patches
 from tercet.worker_proc.row_table import upload
 
 _FREE = 255
+_NOT_FINISHED = np.zeros(1, np.bool_)
 IntArray = npt.NDArray[np.int32]
 
 
@@ -76,8 +78,20 @@ class Chunks:
 class DeviceBatch:
     """Rows on the device. All methods run on the worker's launching thread."""
 
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        patches: Patches | None = None,
+    ) -> None:
+        """
+        Args:
+            patches: what writes admissions to the device; to be flushed before the next step. None on a CPU.
+        """
         self.num_rows = num_rows
+        self._patches = patches or Patches(device)
         self.block_size = block_size
         self.device = device
         max_blocks = -(-max_model_len // block_size) + 1
@@ -101,11 +115,13 @@ class DeviceBatch:
             raise RuntimeError(f"row {row} was given away twice, or does not exist")
         self.gen[row] = admission.gen
         self.state[row] = RowState.PREFILL
-        self.history_RM[row, :length] = upload(np.array(admission.token_ids, np.int32), self.device)
-        blocks = np.array(admission.blocks[0], np.int32)
-        self.block_table_RN[row, : len(blocks)] = upload(blocks, self.device)
-        self.lengths_R[row].fill_(length)
-        self.finished_R[row].fill_(False)
+        write = self._patches.write
+        write(self.history_RM, row * self.history_RM.shape[1], np.array(admission.token_ids, np.int32))
+        write(
+            self.block_table_RN, row * self.block_table_RN.shape[1], np.array(admission.blocks[0], np.int32)
+        )
+        write(self.lengths_R, row, np.array([length], np.int32))
+        write(self.finished_R, row, _NOT_FINISHED)
 
     def set_states(self, changes: IntArray) -> None:
         """changes: [k, 2] of (row, RowState)."""

@@ -8,6 +8,7 @@ references run, which is how this is tested without a GPU.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tercet.ipc.messages import StepPlan
 from tercet.ops import AttentionMetadata
+from tercet.ops.launch import compiling
 from tercet.ops.logprobs import gather_logprobs
 from tercet.ops.sample_rows import Variant
 from tercet.ops.step_state import (
@@ -37,6 +39,7 @@ from tercet.worker_proc.device_batch import Chunks, DeviceBatch, IntArray
 from tercet.worker_proc.device_results import DeviceResults, Landing
 from tercet.worker_proc.graphs import GraphCache
 from tercet.worker_proc.models.decoder import CausalLM
+from tercet.worker_proc.patches import Patches
 from tercet.worker_proc.prompt_scoring import ScorePrompts
 from tercet.worker_proc.results import PendingResult, PromptScores, columns_to_host
 from tercet.worker_proc.sampler import DrawPlan, FusedSampler, LogprobTensors, SampleResult
@@ -45,6 +48,7 @@ from tercet.worker_proc.worker import Deliver
 
 OnProgress = Callable[[int, int], None]
 _EMPTY = np.zeros(0, np.int32)
+_COMPILER_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +58,14 @@ class StepBounds:
     Attributes:
         tokens: with padding.
         decodes, chunks, samples: at most so many of each.
-        lengths: of the chunks, (query, sequence) each, where the host knows them; no padding then.
+        query_len: no chunk has more tokens.
     """
 
     tokens: int
     decodes: int
     chunks: int
     samples: int
-    query_lens: tuple[int, ...] | None = None
-    seq_lens: tuple[int, ...] | None = None
+    query_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class DeviceSteps:
     """Runs steps of a batch on one device. All methods run on the worker's launching thread.
 
     Args:
+        patches: holds the batch's and the sampler's writes of admissions, sent before each step.
         max_tokens: most tokens of a step.
         use_graphs: whether steps are captured; needs a GPU.
     """
@@ -87,6 +91,7 @@ class DeviceSteps:
     def __init__(
         self,
         batch: DeviceBatch,
+        patches: Patches,
         sampler: FusedSampler,
         model: CausalLM,
         kv_caches: list[Tensor],
@@ -96,7 +101,7 @@ class DeviceSteps:
         use_graphs: bool,
     ) -> None:
         self._batch, self._sampler, self._model, self._kv_caches = batch, sampler, model, kv_caches
-        self._results = results
+        self._patches, self._results = patches, results
         self._use_graphs = use_graphs
         self._graphs = GraphCache(batch.device)
         num_rows = batch.num_rows
@@ -143,6 +148,7 @@ class DeviceSteps:
         is_steady = not count.chunks and self._batch.decoding.version == self._sent_version
         rows = self._decode_rows if is_steady else self._write_rows(landing.buffer, chunks, count.decodes)
         self._plan_sampling(rows)
+        self._patches.flush()
         self._send(landing, plan, count, len(rows), is_steady)
         scores: list[PromptScores] = []
         if score_prompts is not None:
@@ -166,7 +172,7 @@ class DeviceSteps:
 
     def warm_up(self, progress: OnProgress) -> None:
         """Compile what steps launch and capture the graphs, the largest first: the others then fit its memory."""
-        if not self._use_graphs:
+        if self._batch.device.type != "cuda":
             return
         forwards = [self._decode_bounds(size) for size in self._batch_sizes]
         forwards += [self._mixed_bounds(size) for size in self._mixed_sizes]
@@ -176,14 +182,38 @@ class DeviceSteps:
             for size in reversed(self._batch_sizes)
             for variant in (Variant.GREEDY, Variant.TEMPERATURE)
         ]
-        total = len(forwards) + len(draws)
-        for done, bounds in enumerate(forwards):
+        total = 1 + len(forwards) + len(draws)
+        progress(0, total)
+        self._compile([*forwards, *self._large_bounds()], draws)
+        if not self._use_graphs:
+            return
+        for done, bounds in enumerate(forwards, start=1):
             progress(done, total)
             self._capture_forward(bounds)
-        for done, (variant, size) in enumerate(draws, start=len(forwards)):
+        for done, (variant, size) in enumerate(draws, start=1 + len(forwards)):
             progress(done, total)
             self._capture_draw(variant, size)
         progress(total, total)
+
+    def _compile(self, forwards: list[StepBounds], draws: list[tuple[Variant, int]]) -> None:
+        """Compile the kernels of these launches, many at a time."""
+        self._buffer[:HEADER_SIZE].zero_()
+        with compiling(min(os.cpu_count() or 1, _COMPILER_THREADS)):
+            for bounds in forwards:
+                self._forward(bounds)
+            for variant, size in draws:
+                self._sample(variant, size)
+        torch.cuda.synchronize(self._batch.device)
+
+    def _large_bounds(self) -> list[StepBounds]:
+        """Of steps that are launched one by one, one for each kind of kernel that they may need."""
+        tokens = min(len(self._step.token_ids_T), graphs.MAX_MIXED_TOKENS + 1)
+        most = min(tokens, self._batch.num_rows)
+        return [
+            StepBounds(tokens, most, min(chunks, most), 1, query_len)
+            for chunks in (1, graphs.MAX_MIXED_CHUNKS // 2, graphs.MAX_MIXED_CHUNKS, most)
+            for query_len in (tokens // 8, tokens)
+        ]
 
     def close(self) -> None:
         """Deliver what is under way, then stop."""
@@ -261,11 +291,11 @@ class DeviceSteps:
         return self._mixed_bounds(graphs.fitting(self._mixed_sizes, count.tokens))
 
     def _decode_bounds(self, size: int) -> StepBounds:
-        return StepBounds(size, size, 0, size)
+        return StepBounds(size, size, 0, size, 1)
 
     def _mixed_bounds(self, size: int) -> StepBounds:
         lines = min(size, self._batch.num_rows)
-        return StepBounds(size, lines, min(lines, graphs.MAX_MIXED_CHUNKS), lines)
+        return StepBounds(size, lines, min(lines, graphs.MAX_MIXED_CHUNKS), lines, size)
 
     def _exact(self, chunks: Chunks, count: _Counts, num_samples: int) -> StepBounds:
         """Of a step that is launched one by one."""
@@ -274,8 +304,7 @@ class DeviceSteps:
             count.decodes,
             count.chunks,
             graphs.fitting(self._batch_sizes, num_samples) if num_samples else 0,
-            tuple(chunks.length.tolist()),
-            tuple((chunks.start + chunks.length).tolist()),
+            int(chunks.length.max(initial=1)),
         )
 
     def _forward(self, bounds: StepBounds) -> Tensor:
@@ -303,18 +332,15 @@ class DeviceSteps:
     def _metadata(self, bounds: StepBounds) -> AttentionMetadata:
         step, table_width = self._step, self._step.block_table_BN.shape[1]
         max_len = self._batch.history_RM.shape[1]
-        query_lens = bounds.query_lens
         return AttentionMetadata(
             num_decodes=bounds.decodes,
             block_table_BN=step.block_table_BN,
             seq_lens_B=step.seq_lens_B,
             query_start_B1=self._query_start_B1,
             slot_mapping_T=step.slot_mapping_T[: bounds.tokens],
-            max_query_len=max(query_lens, default=1) if query_lens is not None else bounds.tokens,
+            max_query_len=bounds.query_len,
             max_seq_len=min(max_len, table_width * self._batch.block_size),
-            chunk_query_lens=query_lens or (),
-            chunk_seq_lens=bounds.seq_lens or (),
-            counts=self._counts if query_lens is None else None,
+            counts=self._counts,
             num_chunks=bounds.chunks,
             num_chunk_tokens=bounds.tokens if bounds.chunks else 0,
         )

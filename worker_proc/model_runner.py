@@ -19,6 +19,7 @@ from tercet.worker_proc.device_results import DeviceResults
 from tercet.worker_proc.device_steps import DeviceSteps, OnProgress
 from tercet.worker_proc.host_steps import HostSteps
 from tercet.worker_proc.models.decoder import CausalLM
+from tercet.worker_proc.patches import Patches
 from tercet.worker_proc.prompt_scoring import PromptScoring, ScorePrompts
 from tercet.worker_proc.sampler import FusedSampler
 from tercet.worker_proc.sampling_state import SamplingState
@@ -70,14 +71,16 @@ class ModelRunner:
         block_bytes = sum(cache[:, 0].nbytes for cache in kv_caches)
         self.groups = [KVGroup(num_layers=len(kv_caches), block_bytes=block_bytes)]
         num_rows, max_len = engine.scheduler.max_num_seqs, engine.model.max_model_len
-        self.batch = DeviceBatch(num_rows, max_len, engine.cache.block_size, device)
-        self.sampling = SamplingState(num_rows, engine.model.vocab_size, max_len, device)
+        patches = Patches(device)
+        self.batch = DeviceBatch(num_rows, max_len, engine.cache.block_size, device, patches)
+        self.sampling = SamplingState(num_rows, engine.model.vocab_size, max_len, device, patches)
         self._scoring = PromptScoring(model, self.batch.history_RM)
         self._steps: Steps
         self._device_steps: DeviceSteps | None = None
         if device.type == "cuda" if use_device_steps is None else use_device_steps:
             self._steps = self._device_steps = DeviceSteps(
                 self.batch,
+                patches,
                 FusedSampler(self.sampling, model.spec.logit_soft_cap),
                 model,
                 kv_caches,

@@ -7,13 +7,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tercet.worker_proc.patches import Patches
+
 
 class RowTable:
     """One line of numbers per row, on host and device.
 
-    Writes go to the host's copy; `device_table` uploads all lines written since in one copy, so that a step
-    pays for the number of tables, not of requests admitted. Lines are as wide as the widest written so far,
-    rounded up to a power of two.
+    Writes go to the host's copy; `device_table` sends the lines written since. Lines are as wide as the widest
+    written so far, rounded up to a power of two.
 
     Args:
         num_rows: number of lines.
@@ -21,13 +22,21 @@ class RowTable:
         dtype: of the numbers.
         fill: what a line holds where nothing was written.
         device: where the device's copy lives.
+        patches: what brings lines there.
     """
 
     def __init__(
-        self, num_rows: int, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: float, device: torch.device
+        self,
+        num_rows: int,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike,
+        fill: float,
+        device: torch.device,
+        patches: Patches,
     ) -> None:
         self._fill = fill
         self._device = device
+        self._patches = patches
         self._host = np.full((num_rows, *shape), fill, dtype=dtype)
         self._table = upload(self._host.copy(), device)
         self._dirty: set[int] = set()
@@ -42,12 +51,13 @@ class RowTable:
         self._dirty.add(row)
 
     def device_table(self) -> Tensor:
-        """The table as tensor[num_rows, ...], up to date with every write so far."""
+        """The table as tensor[num_rows, ...], up to date with every write so far once `patches` is flushed."""
         if self._table.shape != self._host.shape:
             self._table = upload(self._host.copy(), self._device)
         elif self._dirty:
-            rows = np.fromiter(self._dirty, dtype=np.int64)
-            self._table.index_copy_(0, upload(rows, self._device), upload(self._host[rows], self._device))
+            width = self._host[0].size
+            for row in self._dirty:
+                self._patches.write(self._table, row * width, self._host[row].copy())
         self._dirty.clear()
         return self._table
 

@@ -23,6 +23,7 @@ from tercet.ops.logits import unpack_bits
 from tercet.ops.noise import split_seed
 from tercet.ops.sample_rows import EDITS, RealColumn, RowFeature, SamplingTables, Variant, WholeColumn
 from tercet.ops.sampling import UNBOUNDED, RowParams
+from tercet.worker_proc.patches import Patches
 from tercet.worker_proc.row_table import RowTable, upload
 
 # Below this a temperature is greedy: dividing by it would overflow.
@@ -140,28 +141,37 @@ class SamplingState:
         vocab_size: tokens that logits have.
         max_model_len: tokens at which a request ends.
         device: where the tensors live.
+        patches: what writes lines of tables there; one of its own if None.
 
     The counts, int32[max_num_rows, vocab_size], are allocated with the first request that has penalties.
     """
 
-    def __init__(self, max_num_rows: int, vocab_size: int, max_model_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_num_rows: int,
+        vocab_size: int,
+        max_model_len: int,
+        device: torch.device,
+        patches: Patches | None = None,
+    ) -> None:
         self.max_num_rows = max_num_rows
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.device = device
+        self._patches = patches or Patches(device)
         self.version = 0
         self.seen: Tensor | None = None  # see apply_penalties
         self._is_live = np.zeros(max_num_rows, dtype=np.bool_)
         self._features = np.zeros(max_num_rows, dtype=np.uint16)
         self._logprobs = np.full(max_num_rows, -1, dtype=np.int32)
-        self._reals = RowTable(max_num_rows, (len(RealColumn),), np.float32, 0, device)
-        self._wholes = RowTable(max_num_rows, (len(WholeColumn),), np.int32, 0, device)
-        self._stop_ids = RowTable(max_num_rows, (1,), np.int32, -1, device)
-        self._stop_finish = RowTable(max_num_rows, (1,), np.uint8, Finish.NONE, device)
-        self._allowed_bits = RowTable(max_num_rows, (0,), np.uint8, 0, device)
-        self._bias_ids = RowTable(max_num_rows, (0,), np.int32, -1, device)
-        self._bias_values = RowTable(max_num_rows, (0,), np.float32, 0, device)
-        self._bad_words = RowTable(max_num_rows, (0, 0), np.int32, -1, device)
+        self._reals = RowTable(max_num_rows, (len(RealColumn),), np.float32, 0, device, self._patches)
+        self._wholes = RowTable(max_num_rows, (len(WholeColumn),), np.int32, 0, device, self._patches)
+        self._stop_ids = RowTable(max_num_rows, (1,), np.int32, -1, device, self._patches)
+        self._stop_finish = RowTable(max_num_rows, (1,), np.uint8, Finish.NONE, device, self._patches)
+        self._allowed_bits = RowTable(max_num_rows, (0,), np.uint8, 0, device, self._patches)
+        self._bias_ids = RowTable(max_num_rows, (0,), np.int32, -1, device, self._patches)
+        self._bias_values = RowTable(max_num_rows, (0,), np.float32, 0, device, self._patches)
+        self._bad_words = RowTable(max_num_rows, (0, 0), np.int32, -1, device, self._patches)
         self.layout_version = 0  # how often `tables` found one of them replaced, by a wider one
         self._tables: SamplingTables | None = None  # as of _tables_version
         self._tables_version = -1
@@ -333,6 +343,7 @@ class SamplingState:
         """
         if not len(rows) or not self._is_live[rows].all():
             raise ValueError(f"plan: expected live rows, got {rows!r}")
+        self.tables()
         features = self._features[rows]
         row_B = upload(np.array(rows, dtype=np.int64), self.device)
         reals = self._reals.device_table().index_select(0, row_B)
@@ -381,6 +392,7 @@ class SamplingState:
             bad_words=self._bad_words.device_table(),
             seen=self.seen,
         )
+        self._patches.flush()
         self._tables_version = self.version
         if known is None or any(getattr(made, name) is not getattr(known, name) for name in _TABLES):
             self._tables = known = made

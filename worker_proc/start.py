@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
+import psutil
 import torch
 
 from tercet.config import ProcessConfig
@@ -23,12 +25,16 @@ _SWITCH_INTERVAL_S = 0.0002  # the results thread must not wait 5 ms for the lau
 
 def make_runner(config: ProcessConfig, child: ChildProcess) -> ModelRunner:
     """Load the model and size its cache, reporting progress."""
+    stages = Stages()
+    stages.enter("device")
     engine = config.engine
     torch.set_num_threads(engine.worker.num_threads)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     device = torch.device(engine.worker.device, 0) if engine.worker.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.synchronize()
+    stages.enter("weights")
     source = resolve_model(engine.model.path, revision=engine.model.revision)
     source.config.clear()
     source.config.update(json.loads(engine.model.hf_config))  # with the user's overrides
@@ -44,6 +50,7 @@ def make_runner(config: ProcessConfig, child: ChildProcess) -> ModelRunner:
     model_dtype = next(model.parameters()).dtype
     dtype = kv_memory.cache_dtype(engine, model_dtype)
     child.report(Progress("sizing the KV cache"))
+    stages.enter("KV cache")
     num_blocks = kv_memory.count_blocks(engine, model, dtype)
     caches = kv_memory.allocate(engine, model, num_blocks, dtype)
     gib = num_blocks * kv_memory.block_bytes(engine, model, dtype) / 2**30
@@ -51,8 +58,29 @@ def make_runner(config: ProcessConfig, child: ChildProcess) -> ModelRunner:
         "%s in %s on %s, KV cache %.2f GiB of %s", engine.model.architecture, model_dtype, device, gib, dtype
     )
     runner = ModelRunner(config, model, caches)
+    stages.enter("compile and capture")
     runner.warm_up(lambda done, total: child.report(Progress("capturing graphs", done, total)))
+    logger.info("ready after %s", stages)
     return runner
+
+
+class Stages:
+    """How long each stage of the start took, the interpreter's and the imports' included."""
+
+    def __init__(self) -> None:
+        self._begin = psutil.Process().create_time()
+        self._seconds: list[tuple[str, float]] = []
+        self._stage = "import"
+
+    def enter(self, stage: str) -> None:
+        """The stage before is over."""
+        now = time.time()
+        self._seconds.append((self._stage, now - self._begin))
+        self._begin, self._stage = now, stage
+
+    def __str__(self) -> str:
+        self.enter("")
+        return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self._seconds)
 
 
 def _reporter(child: ChildProcess):  # type: ignore[no-untyped-def]

@@ -90,7 +90,7 @@ class Work:
         """The tiles that the tables hold."""
         group, head_dim = self.shape.heads // self.shape.kv_heads, self.shape.head_dim
         if not self.chunks:
-            return _name(DECODE, decode_tiles(head_dim, group, BF16))
+            return _name(DECODE, decode_tiles(head_dim, group, BF16, self.cache_dtype, len(self.decode_lens)))
         longest = max(query for query, _ in self.chunks)
         return _name(PREFILL, prefill_tiles(head_dim, group, BF16, longest))
 

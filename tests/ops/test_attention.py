@@ -234,12 +234,9 @@ def test_bounds_are_the_numbers_where_there_are_no_counts() -> None:
     counts = torch.tensor([2, 2], dtype=torch.int32)
     bounded = dataclasses.replace(meta, counts=counts, num_chunks=8, num_chunk_tokens=64)
     assert (bounded.chunks_bound, bounded.chunk_tokens_bound) == (8, 64)
-    assert bounded.exact() == dataclasses.replace(
-        meta,
-        block_table_BN=bounded.exact().block_table_BN,
-        seq_lens_B=bounded.exact().seq_lens_B,
-        query_start_B1=bounded.exact().query_start_B1,
-    )
+    exact = bounded.exact()
+    assert exact.num_decodes == 2 and exact.counts is None
+    assert (exact.chunk_query_lens, exact.chunk_seq_lens) == ((7, 6), (7, 19))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -113,3 +113,31 @@ def test_prepares_as_the_reference(
             continue
         count = used.get(name, len(want))
         assert torch.equal(got[:count], want[:count]), name
+
+
+def test_pieces_land_where_they_belong() -> None:
+    targets = [
+        torch.full((7, 33), UNWRITTEN, dtype=torch.int32, device=DEVICE),
+        torch.full((9,), 200, dtype=torch.uint8, device=DEVICE),
+        torch.full((5000,), UNWRITTEN, dtype=torch.int32, device=DEVICE),
+    ]
+    rng = np.random.default_rng()
+    writes = [
+        (0, 33, rng.integers(0, 99, 20).astype(np.int32)),
+        (1, 3, rng.integers(0, 99, 1).astype(np.uint8)),
+        (1, 5, rng.integers(0, 99, 3).astype(np.uint8)),
+        (2, 17, rng.integers(0, 99, 4500).astype(np.int32)),
+    ]
+    expected = [target.cpu().numpy().ravel().copy() for target in targets]
+    head = 96
+    arena = np.zeros(head + 20_000, np.uint8)
+    pieces, offset = arena[:head].view(np.int64).reshape(-1, 3), head
+    for piece, (which, start, values) in zip(pieces, writes, strict=True):
+        expected[which][start : start + len(values)] = values
+        address = targets[which].data_ptr() + start * values.itemsize
+        piece[:] = address, offset, values.nbytes
+        arena[offset : offset + values.nbytes] = values.view(np.uint8)
+        offset += -(-values.nbytes // 16) * 16
+    triton_step.copy_pieces(torch.from_numpy(arena).to(DEVICE), len(writes))
+    for target, want in zip(targets, expected, strict=True):
+        assert np.array_equal(target.cpu().numpy().ravel(), want)
