@@ -34,6 +34,7 @@ MULTIPLIER_2 = tl.constexpr(0x846CA68B)
 POSITION_MULTIPLIER_LOW = tl.constexpr(0x9E3779B9)
 POSITION_MULTIPLIER_HIGH = tl.constexpr(0x85EBCA77)
 TO_UNIT = tl.constexpr((1.0 - 2.0**-24) * 2.0**-31)
+NEAR_ZERO = tl.constexpr(2.0**-6)
 
 NONE = tl.constexpr(FINISH_NONE)
 LENGTH = tl.constexpr(FINISH_LENGTH)
@@ -96,12 +97,11 @@ def _log_exponential(ids, first, second):
     bits = (bits ^ (bits >> 16)) * MULTIPLIER_1
     bits = ((bits ^ (bits >> 15)) + second) * MULTIPLIER_2
     bits = (bits ^ (bits >> 16)) & 0x7FFFFFFF
-    y = (bits.to(tl.int32).to(tl.float32) + 0.5) * (-TO_UNIT)
-    # log1p(y): the rounding of 1 + y cancels between log and quotient (Kahan; Goldberg 1991, theorem 4)
-    u = 1.0 + y
-    is_one = u == 1.0
-    log1p = tl.where(is_one, y, tl.log(u) * (y / tl.where(is_one, 1.0, u - 1.0)))
-    return tl.log(-log1p)
+    v = (bits.to(tl.int32).to(tl.float32) + 0.5) * TO_UNIT
+    # -log(1 - v): a series near 0, elsewhere the logarithm and what the rounding of 1 - v lost (no division)
+    u = 1.0 - v
+    series = v * (1.0 + v * (0.5 + v * (1.0 / 3.0 + v * 0.25)))
+    return tl.log(tl.where(v < NEAR_ZERO, series, (v - (1.0 - u)) - tl.log(u)))
 
 
 # ---------------------------------------------------------------------------------------- logits of a row

@@ -209,11 +209,13 @@ class DeviceSteps:
         """Of steps that are launched one by one, one for each kind of kernel that they may need."""
         tokens = min(len(self._step.token_ids_T), graphs.MAX_MIXED_TOKENS + 1)
         most = min(tokens, self._batch.num_rows)
-        return [
-            StepBounds(tokens, most, min(chunks, most), 1, query_len)
-            for chunks in (1, graphs.MAX_MIXED_CHUNKS // 2, graphs.MAX_MIXED_CHUNKS, most)
+        decodes = [StepBounds(tokens, min(count, most), 0, 1, 1) for count in (1, 8, 32, 256, most)]
+        chunks = [
+            StepBounds(tokens, 0, min(count, most), 1, query_len)
+            for count in (1, 32, 256, most)
             for query_len in (tokens // 8, tokens)
         ]
+        return decodes + chunks
 
     def close(self) -> None:
         """Deliver what is under way, then stop."""
