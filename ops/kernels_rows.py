@@ -105,3 +105,25 @@ def gated_activation_kernel(
     else:
         result = gate * tl.sigmoid(gate) * up
     tl.store(out + row * F + f, result.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["V"])
+def logsumexp_and_rank_kernel(total, rank, logits, chosen, V, BLOCK: tl.constexpr):
+    """Program (row): log of the sum of exponentials, and one more than the number of greater logits."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    chosen_logit = tl.load(chosen + row)
+    best_N = tl.full([BLOCK], -INFINITY, tl.float32)
+    above_N = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + v, mask=v < V, other=-INFINITY)
+        best_N = tl.maximum(best_N, value)
+        above_N += (value > chosen_logit).to(tl.int32)
+    best = tl.max(best_N, 0)
+    sum_N = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        sum_N += tl.exp(tl.load(logits + v, mask=v < V, other=-INFINITY) - best)
+    tl.store(total + row, best + tl.log(tl.sum(sum_N, 0)))
+    tl.store(rank + row, 1 + tl.sum(above_N, 0))

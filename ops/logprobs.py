@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tercet.ops.registry import operation
+from tercet.ops.triton_support import TRITON, on_cuda
+
 # Prompt positions scored at a time: bounds the temporaries to a few times this many rows of the vocabulary.
 _ROWS_AT_A_TIME = 256
 
@@ -30,14 +33,38 @@ def gather_logprobs(logits_TV: Tensor, chosen_T: Tensor, k: int) -> LogprobColum
     """
     chosen_T1 = chosen_T.long().unsqueeze(1)
     chosen_logit_T1 = logits_TV.gather(1, chosen_T1)
-    rank_T = (logits_TV > chosen_logit_T1).sum(dim=-1, dtype=torch.int32) + 1
+    total_T, rank_T = logsumexp_and_rank(logits_TV, chosen_logit_T1.squeeze(1))
     top = logits_TV.topk(k, dim=-1)
     logits = torch.cat((chosen_logit_T1, top.values), dim=1)
     return LogprobColumns(
         token_ids=torch.cat((chosen_T1, top.indices), dim=1).int(),
-        logprobs=logits - logits_TV.logsumexp(dim=-1, keepdim=True),
+        logprobs=logits - total_T.unsqueeze(1),
         rank=rank_T,
     )
+
+
+@operation("logsumexp_and_rank")
+def logsumexp_and_rank(logits_TV: Tensor, chosen_logit_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm of each row's sum of exponentials, and the place of one of its logits.
+
+    The kernel sums each row in one order whatever the number of rows; torch's own sum does not.
+
+    Args:
+        logits_TV: [T, V] float32, contiguous.
+        chosen_logit_T: [T] float32.
+
+    Returns:
+        float32 [T], and int32 [T]: 1 + number of logits greater than the chosen one.
+    """
+    rank_T = (logits_TV > chosen_logit_T.unsqueeze(1)).sum(dim=-1, dtype=torch.int32) + 1
+    return logits_TV.logsumexp(dim=-1), rank_T
+
+
+@logsumexp_and_rank.implementation(TRITON, supports=on_cuda)
+def _logsumexp_and_rank_triton(logits_TV: Tensor, chosen_logit_T: Tensor) -> tuple[Tensor, Tensor]:
+    from tercet.ops import triton_rows
+
+    return triton_rows.logsumexp_and_rank(logits_TV, chosen_logit_T)
 
 
 def compute_prompt_logprobs(logits_TV: Tensor, target_ids_T: Tensor, k: int) -> LogprobColumns:

@@ -14,10 +14,12 @@ from tercet.ops.launch import Kernel
 from tercet.ops.triton_support import next_power_of_2, programmatic_launch
 
 _gated_activation_kernel = Kernel(kernels_rows.gated_activation_kernel)
+_logsumexp_and_rank_kernel = Kernel(kernels_rows.logsumexp_and_rank_kernel)
 _rms_norm_kernel = Kernel(kernels_rows.rms_norm_kernel)
 _rope_and_write_kv_kernel = Kernel(kernels_rows.rope_and_write_kv_kernel)
 
 _ACTIVATION_BLOCK = 1024
+_VOCAB_BLOCK = 4096
 _HEADS_PER_PROGRAM_ELEMENTS = 1024  # a program takes as many heads as make this many elements
 
 
@@ -150,3 +152,22 @@ def _launch_activation(gate_up: Tensor, *, gelu: bool) -> Tensor:
         out, gate_up, F=size, GELU=gelu, BLOCK=block, PDL=bool(launch), num_warps=4, **launch
     )
     return out
+
+
+def logsumexp_and_rank(logits_TV: Tensor, chosen_logit_T: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.logprobs.logsumexp_and_rank`."""
+    logits_TV = logits_TV.contiguous()
+    num_rows, vocab_size = logits_TV.shape
+    total_T = torch.empty(num_rows, dtype=torch.float32, device=logits_TV.device)
+    rank_T = torch.empty(num_rows, dtype=torch.int32, device=logits_TV.device)
+    if num_rows:
+        _logsumexp_and_rank_kernel[(num_rows,)](
+            total_T,
+            rank_T,
+            logits_TV,
+            chosen_logit_T.contiguous(),
+            vocab_size,
+            BLOCK=_VOCAB_BLOCK,
+            num_warps=8,
+        )
+    return total_T, rank_T

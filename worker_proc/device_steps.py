@@ -170,40 +170,40 @@ class DeviceSteps:
         )
         self._results.put(landing, pending, deliver)
 
-    def warm_up(self, progress: OnProgress) -> None:
-        """Compile what steps launch and capture the graphs, the largest first: the others then fit its memory."""
-        if self._batch.device.type != "cuda":
-            return
-        forwards = [self._decode_bounds(size) for size in self._batch_sizes]
-        forwards += [self._mixed_bounds(size) for size in self._mixed_sizes]
-        forwards.sort(key=lambda bounds: -bounds.tokens)
-        draws = [
-            (variant, size)
-            for size in reversed(self._batch_sizes)
-            for variant in (Variant.GREEDY, Variant.TEMPERATURE)
-        ]
-        total = 1 + len(forwards) + len(draws)
-        progress(0, total)
-        self._compile([*forwards, *self._large_bounds()], draws)
+    def compile(self) -> None:
+        """Compile the kernels that steps launch, many at a time."""
+        self._buffer[:HEADER_SIZE].zero_()
+        with compiling(min(os.cpu_count() or 1, _COMPILER_THREADS)):
+            for bounds in [*self._forward_bounds(), *self._large_bounds()]:
+                self._forward(bounds)
+            for variant, size in self._draws():
+                self._sample(variant, size)
+        torch.cuda.synchronize(self._batch.device)
+
+    def capture(self, progress: OnProgress) -> None:
+        """Capture the graphs, the largest first: the others then fit its memory."""
         if not self._use_graphs:
             return
-        for done, bounds in enumerate(forwards, start=1):
+        forwards, draws = self._forward_bounds(), self._draws()
+        total = len(forwards) + len(draws)
+        for done, bounds in enumerate(forwards):
             progress(done, total)
             self._capture_forward(bounds)
-        for done, (variant, size) in enumerate(draws, start=1 + len(forwards)):
+        for done, (variant, size) in enumerate(draws, start=len(forwards)):
             progress(done, total)
             self._capture_draw(variant, size)
         progress(total, total)
 
-    def _compile(self, forwards: list[StepBounds], draws: list[tuple[Variant, int]]) -> None:
-        """Compile the kernels of these launches, many at a time."""
-        self._buffer[:HEADER_SIZE].zero_()
-        with compiling(min(os.cpu_count() or 1, _COMPILER_THREADS)):
-            for bounds in forwards:
-                self._forward(bounds)
-            for variant, size in draws:
-                self._sample(variant, size)
-        torch.cuda.synchronize(self._batch.device)
+    def _forward_bounds(self) -> list[StepBounds]:
+        """Of the forward passes that are captured."""
+        made = [self._decode_bounds(size) for size in self._batch_sizes]
+        made += [self._mixed_bounds(size) for size in self._mixed_sizes]
+        return sorted(made, key=lambda bounds: -bounds.tokens)
+
+    def _draws(self) -> list[tuple[Variant, int]]:
+        """Those that are captured at the start; others are when they are first needed."""
+        variants = (Variant.GREEDY, Variant.TEMPERATURE)
+        return [(variant, size) for size in reversed(self._batch_sizes) for variant in variants]
 
     def _large_bounds(self) -> list[StepBounds]:
         """Of steps that are launched one by one, one for each kind of kernel that they may need."""

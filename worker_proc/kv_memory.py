@@ -110,8 +110,9 @@ def _run_largest_step(config: EngineConfig, model: CausalLM, dtype: torch.dtype)
         slot_mapping_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
         max_query_len=length,
         max_seq_len=length,
-        chunk_query_lens=tuple(lengths),
-        chunk_seq_lens=tuple(lengths),
+        counts=torch.tensor([0, len(lengths)], dtype=torch.int32, device=device),
+        num_chunks=len(lengths),
+        num_chunk_tokens=num_tokens,
     )
     zeros_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     hidden_TD = model.forward(zeros_T, zeros_T, caches, meta)

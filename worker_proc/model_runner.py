@@ -92,10 +92,17 @@ class ModelRunner:
             self._steps = HostSteps(self.batch, self.sampling, model, kv_caches)
 
     @torch.inference_mode()
-    def warm_up(self, progress: OnProgress) -> None:
-        """Compile kernels and capture graphs, so that no step pays for it."""
+    def compile(self) -> None:
+        """Compile what a GPU's steps launch, then close: a runner over the smallest cache will do."""
         if self._device_steps is not None:
-            self._device_steps.warm_up(progress)
+            self._device_steps.compile()
+        self.close()
+
+    @torch.inference_mode()
+    def warm_up(self, progress: OnProgress) -> None:
+        """Capture graphs, so that no step pays for it."""
+        if self._device_steps is not None:
+            self._device_steps.capture(progress)
 
     # ------------------------------------------------------------------------------------ Runner
 

@@ -49,6 +49,10 @@ def make_runner(config: ProcessConfig, child: ChildProcess) -> ModelRunner:
     set_batch_invariant(engine.worker.batch_invariant)
     model_dtype = next(model.parameters()).dtype
     dtype = kv_memory.cache_dtype(engine, model_dtype)
+    if device.type == "cuda":
+        stages.enter("compilation")
+        child.report(Progress("compiling kernels"))
+        ModelRunner(config, model, kv_memory.allocate(engine, model, 2, dtype)).compile()
     child.report(Progress("sizing the KV cache"))
     stages.enter("KV cache")
     num_blocks = kv_memory.count_blocks(engine, model, dtype)
@@ -58,7 +62,7 @@ def make_runner(config: ProcessConfig, child: ChildProcess) -> ModelRunner:
         "%s in %s on %s, KV cache %.2f GiB of %s", engine.model.architecture, model_dtype, device, gib, dtype
     )
     runner = ModelRunner(config, model, caches)
-    stages.enter("compile and capture")
+    stages.enter("graphs")
     runner.warm_up(lambda done, total: child.report(Progress("capturing graphs", done, total)))
     logger.info("ready after %s", stages)
     return runner

@@ -4,9 +4,10 @@
 
 Small checkpoints are made by transformers (initializer_range 0.2, so that logit gaps are not noise) and served
 by `LLM` in float32 and bfloat16, overlapped and plain, with a budget that cuts prompts into chunks and a pool
-that forces preemption. The reference runs in float32 on the same device. A first difference counts as explained
-where the reference's two best logits are closer than rounding: 1e-4 in float32, and in bfloat16 twice the largest
-error that transformers' own bfloat16 run makes on the same tokens. `run.py` measures speed.
+that forces preemption, with CUDA graphs and without. What a KV cache in fp8 does to prompts' log-probabilities
+stands beside what bfloat16 alone does. The reference runs in float32 on the same device. A first difference is
+explained where the reference's two best logits are closer than rounding: 1e-4 in float32, and in bfloat16 twice
+the largest error that transformers' own bfloat16 run makes on the same tokens. `run.py` measures speed.
 """
 
 from __future__ import annotations
@@ -41,15 +42,17 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# name -> (dtype, engine arguments)
+# name -> (dtype, engine arguments); of these models only, the others of all
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain loop": ("float32", {"async_scheduling": False}),
+    "plain loop, no graphs": ("float32", {"async_scheduling": False, "enforce_eager": True}),
     "overlapped, chunked, preempted": (
         "float32",
         {"max_num_batched_tokens": 40, "max_num_seqs": 32, "num_gpu_blocks_override": 40},
     ),
     "overlapped": ("bfloat16", {}),
+    "batch-invariant": ("bfloat16", {"batch_invariant": True}),
 }
+ONLY = {"plain loop, no graphs": ("qwen3", "gemma3"), "batch-invariant": ("qwen3", "gemma3")}
 
 
 @dataclass(frozen=True)
@@ -133,22 +136,55 @@ def compare(ours: list[list[int]], theirs: list[Reference], dtype: str) -> dict[
     }
 
 
-def generate(path: Path, given: list[list[int]], dtype: str, settings: dict[str, Any]) -> list[list[int]]:
-    llm = LLM(
+def start(path: Path, dtype: str, settings: dict[str, Any]) -> LLM:
+    return LLM(
         model=str(path),
         skip_tokenizer_init=True,
         dtype=dtype,
         max_model_len=512,
         gpu_memory_utilization=0.3,
         audit=True,
-        **settings,
+        disable_log_stats=True,
+        **{"max_num_seqs": 32, **settings},
     )
+
+
+def generate(path: Path, given: list[list[int]], dtype: str, settings: dict[str, Any]) -> list[list[int]]:
+    llm = start(path, dtype, settings)
     try:
         params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUTS, ignore_eos=True, detokenize=False)
         outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in given], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
     finally:
         llm.shutdown()
+
+
+def fp8_error(path: Path, given: list[list[int]]) -> dict[str, float]:
+    """Mean and largest error of the prompts' log-probabilities against float32."""
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    runs: dict[str, list[float]] = {}
+    for name, dtype, cache in (
+        ("exact", "float32", "auto"),
+        ("bf16", "bfloat16", "auto"),
+        ("fp8", "bfloat16", "fp8"),
+    ):
+        llm = start(path, dtype, {"kv_cache_dtype": cache, "enable_prefix_caching": False})
+        prompts = [TokensPrompt(prompt_token_ids=p) for p in given]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        llm.shutdown()
+        runs[name] = [
+            place[token].logprob
+            for output, prompt in zip(outputs, given, strict=True)
+            for token, place in list(zip(prompt, output.prompt_logprobs or [], strict=True))[1:]
+            if place
+        ]
+    exact = torch.tensor(runs["exact"])
+    errors = {name: (torch.tensor(runs[name]) - exact).abs() for name in ("bf16", "fp8")}
+    return {
+        f"{name} {what}": round(float(value), 5)
+        for name, error in errors.items()
+        for what, value in (("mean", error.mean()), ("largest", error.max()))
+    }
 
 
 def check(out: dict[str, Any], save: Callable[[], None]) -> None:
@@ -158,9 +194,15 @@ def check(out: dict[str, Any], save: Callable[[], None]) -> None:
             theirs = reference(path, given)
             torch.cuda.empty_cache()
             for label, (dtype, settings) in SETTINGS.items():
+                if name not in ONLY.get(label, (name,)):
+                    continue
                 row = compare(generate(path, given, dtype, settings), theirs, dtype)
                 out["models"].append({"model": name, "dtype": dtype, "setting": label, **row})
                 print(name, dtype, label, {k: v for k, v in row.items() if isinstance(v, int)}, flush=True)
+                save()
+            if name == "qwen3":
+                out["errors of prompt log-probabilities"] = fp8_error(path, given)
+                print(out["errors of prompt log-probabilities"], flush=True)
                 save()
 
 

@@ -23,6 +23,7 @@ KERNELS = {
     "gated_linear",
     "gelu_tanh_and_mul",
     "linear",
+    "logsumexp_and_rank",
     "paged_attention",
     "prepare_step",
     "rms_norm",

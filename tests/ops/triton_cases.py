@@ -159,3 +159,17 @@ def test_scales_belong_to_float8_caches() -> None:
     slots = torch.tensor([1], device=DEVICE)
     with pytest.raises(ValueError, match=r"k_scale 2\.0 .* must be 1 for a cache of torch\.float32"):
         triton_rows.rope_and_write_kv(torch.ones(1, 3, 4, device=DEVICE), one, one, cache, slots, k_scale=2.0)
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (3, 4096), (5, 9001)])
+def test_logsumexp_and_rank(rows: int, vocab: int, seed: int) -> None:
+    logits = randn(rows, vocab) * 5
+    logits[0, : vocab // 2] = float("-inf")
+    chosen = logits[torch.arange(rows), torch.randint(vocab, (rows,))]
+    total, rank = triton_rows.logsumexp_and_rank(logits, chosen)
+    assert_close(total, logits.double().logsumexp(-1), torch.float32)
+    assert torch.equal(rank, (logits > chosen[:, None]).sum(-1, dtype=torch.int32) + 1)
+    alone = torch.cat(
+        [triton_rows.logsumexp_and_rank(row[None], c[None])[0] for row, c in zip(logits, chosen)]
+    )
+    assert torch.equal(alone, total)
