@@ -170,6 +170,6 @@ def test_logsumexp_and_rank(rows: int, vocab: int, seed: int) -> None:
     assert_close(total, logits.double().logsumexp(-1), torch.float32)
     assert torch.equal(rank, (logits > chosen[:, None]).sum(-1, dtype=torch.int32) + 1)
     alone = torch.cat(
-        [triton_rows.logsumexp_and_rank(row[None], c[None])[0] for row, c in zip(logits, chosen)]
+        [triton_rows.logsumexp_and_rank(row[None], c[None])[0] for row, c in zip(logits, chosen, strict=True)]
     )
     assert torch.equal(alone, total)
