@@ -54,7 +54,8 @@ class RunnerEngine:
         self.config = config
         torch.set_num_threads(1)
         model = load_model(resolve_model(str(folder)), device="cpu", load_format="dummy")
-        caches = kv_memory.allocate(config, model, num_blocks, torch.float32)
+        cache_dtype = kv_memory.cache_dtype(config, torch.float32)
+        caches = kv_memory.allocate(config, model, num_blocks, cache_dtype)
         process = ProcessConfig(
             engine=config, worker_address="", frontend_address="", runtime_dir="", epoch=1
         )

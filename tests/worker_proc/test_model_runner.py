@@ -157,6 +157,22 @@ def test_logprobs_of_a_gpus_steps_are_those_of_a_cpus(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine.logprobs, gpu.logprobs, rtol=1e-5, atol=1e-5)
 
 
+def test_kv_cache_in_fp8_is_small_and_changes_little(tmp_path: Path, device_steps: bool) -> None:
+    prompts = [[1 + i, 2, 3 * i + 4, *range(5, 30)] for i in range(8)]
+    found, block_bytes = {}, {}
+    for kv_cache_dtype in ("auto", "fp8"):
+        engine = RunnerEngine(tmp_path, kv_cache_dtype=kv_cache_dtype, use_device_steps=device_steps)
+        for handle, prompt in enumerate(prompts):
+            engine.add(make_request(handle, prompt, prompt_logprobs=0, max_tokens=2))
+        engine.run()
+        parts = [m.prompt_logprobs.logprobs.ravel() for m in engine.outputs if m.prompt_logprobs is not None]
+        found[kv_cache_dtype] = np.concatenate(parts)
+        block_bytes[kv_cache_dtype] = engine.runner.groups[0].block_bytes
+    assert block_bytes["auto"] == 4 * block_bytes["fp8"]  # float32 here
+    errors = np.abs(found["fp8"] - found["auto"])
+    assert 0 < errors.max() < 0.2 and errors.mean() < 0.02
+
+
 def count_calls(engine: RunnerEngine, steps: int) -> list[int]:
     """Python calls (functions and builtins) in `execute` of steps that carry no change."""
     counts = []
