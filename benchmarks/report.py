@@ -1,7 +1,7 @@
 """From pytest-benchmark's JSON to a table against the budgets of ARCHITECTURE.md, with how each piece grows.
 
     python -m pytest -q -o python_files='bench_*.py' -o timeout=0 --benchmark-json=raw.json benchmarks
-    python -m benchmarks.report host_2cpu_2026-11-23 raw.json [more.json …]
+    python -m benchmarks.report host_2cpu_2026-11-24 raw.json [more.json …]
 
 writes benchmarks/results/NAME.md and NAME.json (machine, versions and statistics, without the single samples), and
 NAME.svg where matplotlib is installed (`pip install 'tercet[plot]'`).
