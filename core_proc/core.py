@@ -17,9 +17,12 @@ import numpy as np
 from tercet.config import EngineConfig
 from tercet.core_proc.checks import Refused, check_request
 from tercet.core_proc.frontends import Frontend, Frontends
+from tercet.core_proc.metrics import CoreMetrics
 from tercet.core_proc.outbox import Outbox
 from tercet.core_proc.results import apply_result, end_outputs
 from tercet.core_proc.scheduler import Scheduler
+from tercet.core_proc.totals import SeriesError
+from tercet.gc_pauses import GcPauses
 from tercet.ipc.channel import RouterEnd, Waiter
 from tercet.ipc.errors import PeerGoneError, PeerUnreachableError, WireError
 from tercet.ipc.messages import (
@@ -30,6 +33,7 @@ from tercet.ipc.messages import (
     CheckInvariants,
     Finish,
     FrontendToCore,
+    GetMetrics,
     GetStats,
     Goodbye,
     Heartbeat,
@@ -52,6 +56,7 @@ from tercet.ipc.messages import (
     WorkerFailed,
     WorkerToCore,
 )
+from tercet.ipc.telemetry import FrontendReport, Metrics, Spans
 from tercet.log import RepeatedWarning, get_logger
 from tercet.version import __version__
 
@@ -59,7 +64,9 @@ logger = get_logger(__name__)
 
 _HEARTBEAT_S = 1.0
 _MALFORMED_LOG_S = 5.0
-_MAX_ARRIVALS = 1024  # messages of frontends in one turn: who floods the core shall not stop its steps
+# For messages of frontends in one turn, so that neither a flood nor a burst keeps the worker waiting: a step of the
+# first arrivals runs while the others are taken in.
+_ARRIVALS_S = 0.0005
 
 
 class WorkerDiedError(Exception):
@@ -77,6 +84,7 @@ class Core:
         workers: RouterEnd[WorkerToCore],
         frontends: RouterEnd[FrontendToCore],
         stop_fd: int,
+        pauses: GcPauses | None = None,
     ) -> None:
         """
         Args:
@@ -84,10 +92,12 @@ class Core:
             workers: the end that the worker is connected to, past its Hello.
             frontends: the bound end for frontends.
             stop_fd: becomes readable when the core shall leave.
+            pauses: for garbage collection, in this process.
         """
         self.config = config
         self.scheduler = scheduler
         self.frontends = Frontends()
+        self.metrics = CoreMetrics(scheduler, pauses or GcPauses())
         self.stopping = False
         self._worker, self._workers, self._front_end = worker, workers, frontends
         self._outbox = Outbox(frontends)
@@ -100,7 +110,6 @@ class Core:
         self._next_worker_call = 1
         self._results: deque[StepResult] = deque()
         self._num_dropped = 0
-        self._num_refused = 0
         self._last_heartbeat = 0.0
         self._waiter = Waiter()
         for source in (workers, frontends, stop_fd):
@@ -120,14 +129,15 @@ class Core:
     def run_plain(self) -> None:
         """One step at a time: the reference that the overlapped loop must equal."""
         while not self.stopping:
-            if (plan := self._schedule()) is None:
+            if not self._plan_step():
                 self._handle_messages(wait=True)
                 continue
-            self._send_plan(plan)
             while not self._results and not self.stopping:
                 self._handle_messages(wait=True)
             while self._results:
-                self._send_outputs(self._apply(self._results.popleft()))
+                started_s, result = time.perf_counter(), self._results.popleft()
+                self._send_outputs(self._apply(result))
+                self.metrics.ended(result, time.perf_counter() - started_s)
 
     def run_overlapped(self) -> None:
         """Two steps in flight: the result of one is applied while the next one runs."""
@@ -136,16 +146,27 @@ class Core:
 
     def turn_overlapped(self) -> None:
         """One turn of the overlapped loop: a result in, a plan and the outputs out, then what has arrived."""
-        outputs = []
-        if self._results:
-            outputs = self._apply(self._results.popleft())
-        while self.scheduler.num_in_flight < 2 and (plan := self._schedule()) is not None:
-            self._send_plan(plan)
-        self._send_outputs(outputs)  # after the plan: the worker must never wait for us
+        result = self._results.popleft() if self._results else None
+        started_s = time.perf_counter()
+        outputs = self._apply(result) if result is not None else []
+        output_s = time.perf_counter() - started_s
+        while self.scheduler.num_in_flight < 2 and self._plan_step():
+            pass
+        if result is not None:
+            started_s = time.perf_counter()
+            self._send_outputs(outputs)  # after the plan: the worker must never wait for us
+            self.metrics.ended(result, output_s + time.perf_counter() - started_s)
         self._handle_messages(wait=not self._results)
 
-    def _schedule(self) -> StepPlan | None:
-        return self.scheduler.schedule(time.monotonic())
+    def _plan_step(self) -> bool:
+        """Plan a step and send it; False where there is nothing to compute."""
+        started_s = time.perf_counter()
+        plan = self.scheduler.schedule(time.monotonic())
+        if plan is None:
+            return False
+        self._send_plan(plan)
+        self.metrics.planned(time.perf_counter() - started_s)
+        return True
 
     def _send_plan(self, plan: StepPlan | Call) -> None:
         try:
@@ -158,6 +179,9 @@ class Core:
         return [*outgoing.failures, *outgoing.outputs]
 
     def _send_outputs(self, outputs: list[tuple[int, msgspec.Struct]]) -> None:
+        if self.metrics.spans:  # first: who has read a request's end may leave
+            spans, self.metrics.spans = self.metrics.spans, []
+            outputs = [*spans, *outputs]
         for slot, message in outputs:
             if (frontend := self.frontends.by_slot.get(slot)) is not None:
                 self._send(frontend, message)
@@ -176,14 +200,17 @@ class Core:
                 self._detach(frontend)
         while (received := self._workers.recv_nowait()) is not None:
             self._on_worker(*received)
-        for _ in range(_MAX_ARRIVALS):
-            if (arrived := self._front_end.recv_nowait()) is None:
-                break
+        deadline = time.perf_counter() + _ARRIVALS_S
+        while (arrived := self._front_end.recv_nowait()) is not None:
             self._on_frontend(*arrived)
+            if time.perf_counter() > deadline:
+                break
         if self._waiting_pauses:
             self._answer_pauses()
         if self._outbox.has_backlog:
             self._tend_backlogs()
+        if self.metrics.spans:
+            self._send_outputs([])
         self._send_heartbeats()
 
     def _wait_s(self) -> float:
@@ -199,6 +226,8 @@ class Core:
                 frontend, call = self._worker_calls.pop(call_id)
                 if self.frontends.by_slot.get(frontend.slot) is frontend:
                     self._reply(frontend, call, error=error)
+            case Spans(frontend=slot):
+                self._send_outputs([(slot, message)])
             case WorkerFailed(message=problem):
                 raise WorkerDiedError(problem)
             case Heartbeat():
@@ -226,6 +255,8 @@ class Core:
                 self._on_abort(frontend, message)
             case Call():
                 self._on_call(frontend, message)
+            case FrontendReport():
+                self._on_report(frontend, message)
             case Heartbeat():
                 pass
             case Goodbye():
@@ -268,7 +299,7 @@ class Core:
             if len(self.scheduler.waiting) + len(handles) > self._limits.max_waiting:
                 raise Refused("queue_full", f"the queue is full ({self._limits.max_waiting} requests wait)")
         except Refused as refused:
-            self._num_refused += 1
+            self.metrics.refused(refused.code)
             failure = RequestFailed(
                 epoch=self.scheduler.epoch, handle=message.handle, code=refused.code, message=str(refused)
             )
@@ -290,6 +321,13 @@ class Core:
         if (frontend := self.frontends.by_peer.get(peer)) is not None:
             self._detach(frontend)
 
+    def _on_report(self, frontend: Frontend, message: FrontendReport) -> None:
+        try:
+            self.metrics.reported(frontend, message)
+        except SeriesError as error:
+            self._num_dropped += 1
+            self._malformed_log.warn(time.monotonic(), "report of a frontend: %s", error)
+
     # ---------------------------------------------------------------------------------- calls
 
     def _on_call(self, frontend: Frontend, call: Call) -> None:
@@ -307,6 +345,10 @@ class Core:
                 self._reply(frontend, call)
             case GetStats():
                 self._reply(frontend, call, stats=self.stats())
+            case GetMetrics(steps_after=after):
+                frontends = self.frontends.by_peer.values()
+                metrics = self.metrics.metrics(frontends, len(self._results), after)
+                self._reply(frontend, call, stats=self.stats(), metrics=metrics)
             case CheckInvariants():
                 self._reply(frontend, call, error=_failure(self.scheduler.check_invariants))
             case StartProfile() | StopProfile():
@@ -343,7 +385,7 @@ class Core:
         requests = list(self.scheduler.requests.values())
         outputs = end_outputs(self.scheduler, requests, Finish.ABORT)
         for request in requests:
-            self.scheduler.end(request)
+            self.scheduler.end(request, Finish.ABORT)
         self.scheduler.counters.num_aborted += len(requests)
         self._send_outputs([*outputs])
 
@@ -354,9 +396,17 @@ class Core:
         *,
         value: bool = True,
         stats: Stats | None = None,
+        metrics: Metrics | None = None,
         error: str | None = None,
     ) -> None:
-        reply = Reply(epoch=self.scheduler.epoch, call_id=call.call_id, value=value, stats=stats, error=error)
+        reply = Reply(
+            epoch=self.scheduler.epoch,
+            call_id=call.call_id,
+            value=value,
+            stats=stats,
+            metrics=metrics,
+            error=error,
+        )
         self._send(frontend, reply)
 
     def stats(self) -> Stats:
@@ -372,7 +422,7 @@ class Core:
             num_free_blocks=scheduler.pool.num_free,
             num_frontends=len(self.frontends),
             dropped_messages=self._num_dropped + self._front_end.dropped + self._workers.dropped,
-            num_refused=self._num_refused,
+            num_refused=self.metrics.num_refused,
             **{name: getattr(counters, name) for name in counters.__slots__},
         )
 
@@ -409,7 +459,7 @@ class Core:
         requests = [r for r in self.scheduler.requests.values() if r.frontend == frontend.slot]
         logger.warning("frontend %s does not read: its %d requests are aborted", frontend.name, len(requests))
         for request in reversed(requests):  # last first, so that the waiting queue is emptied from its end
-            self.scheduler.end(request)
+            self.scheduler.end(request, Finish.ABORT)
             failure = RequestFailed(
                 epoch=self.scheduler.epoch, handle=request.handle, code="unread", message=problem
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tercet.core_proc.backlog import Backlog
 from tercet.ipc.host import host_id
 from tercet.ipc.messages import Hello
+from tercet.ipc.telemetry import FrontendReport
 
 _MAX_NAME = 80
 
@@ -20,6 +21,7 @@ class Frontend:
     peer: bytes  # identity of its socket
     name: str
     pidfd: int = -1  # readable once its process is gone; -1 where it runs on another host
+    report: FrontendReport | None = None  # its last one
     backlog: Backlog | None = None  # what it has yet to be sent, while it does not read
     is_overrun: bool = False  # its backlog went beyond the bound: it has no requests until it reads
 

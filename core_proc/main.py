@@ -15,6 +15,7 @@ from tercet.core_proc.outbox import UNREAD_MESSAGES
 from tercet.core_proc.results import ResultError
 from tercet.core_proc.scheduler import Scheduler
 from tercet.errors import ConfigError
+from tercet.gc_pauses import GcPauses
 from tercet.ipc.address import AddressClaim
 from tercet.ipc.channel import RouterEnd, Waiter
 from tercet.ipc.child import ChildProcess, Failed, Ready
@@ -84,9 +85,11 @@ def _serve_at(claim: AddressClaim, config: ProcessConfig, child: ChildProcess, s
         with RouterEnd[FrontendToCore](
             config.frontend_address, FrontendToCore, send_queue=UNREAD_MESSAGES, claim=claim
         ) as frontends:
-            core = Core(config.engine, scheduler, peer, workers, frontends, stop_fd)
+            pauses = GcPauses()
+            core = Core(config.engine, scheduler, peer, workers, frontends, stop_fd, pauses)
             gc.collect()
             gc.freeze()  # what lives now lives to the end: later collections need not walk it
+            pauses.install()
             child.report(Ready())
             logger.info("ready at %s: %d blocks of %d tokens", config.frontend_address, *_size(scheduler))
             try:

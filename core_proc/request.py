@@ -19,6 +19,8 @@ class Prompt:
     message: AddRequest
     root: BlockHash
     hashes: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
+    num_ended: int = 0  # children
+    longest_output: int = 0  # tokens, of the children that have ended
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +38,9 @@ class Request:
     row: int = NO_ROW
     hashes: list[BlockHash] = field(default_factory=list)
     started_s: float = -1.0  # first step
+    first_token_s: float = -1.0  # its result was applied
+    last_token_s: float = -1.0  # valid while row == NO_ROW
+    trace: str = ""  # W3C traceparent of the core's own span of it; empty where it is not traced
     started_sent: bool = False  # the frontend has been told the facts of its start
     num_cached_tokens: int = -1  # at the first admission
     num_preemptions: int = 0

@@ -60,7 +60,7 @@ def apply_result(scheduler: Scheduler, result: StepResult, now: float) -> Outgoi
     _check(scheduler, result)
     scheduler.applied_step = result.step
     failures = _fail_rows(scheduler, result.row_errors)
-    entries = _read_entries(scheduler, result)
+    entries = _read_entries(scheduler, result, now)
     started = _read_started(scheduler, result, now)
     logprobs = _rekey(scheduler, result, entries) if result.logprobs is not None else None
     prompt_logprobs = _rekey_prompt(scheduler, result)
@@ -110,7 +110,7 @@ def _check(scheduler: Scheduler, result: StepResult) -> None:
         raise ResultError("a row that does not exist")
 
 
-def _read_entries(scheduler: Scheduler, result: StepResult) -> _Entries:
+def _read_entries(scheduler: Scheduler, result: StepResult, now: float) -> _Entries:
     rows = scheduler.rows
     row = result.row.astype(np.intp)  # once, rather than in each of the look-ups below
     known = rows.known.take(row)
@@ -125,16 +125,20 @@ def _read_entries(scheduler: Scheduler, result: StepResult) -> _Entries:
     if _all(entries.keep):
         rows.tokens[row, known] = result.token
         rows.known[row] = known + 1
+        scheduler.gaps.observe(now - rows.last_token_s.take(row))
+        rows.last_token_s[row] = now
     else:
         live = row[entries.keep]
+        scheduler.gaps.observe(now - rows.last_token_s[live])
+        rows.last_token_s[live] = now
         rows.tokens[live, known[entries.keep]] = result.token[entries.keep]
         rows.known[live] += 1
         for index in np.flatnonzero(~entries.keep).tolist():
-            _read_stale(scheduler, result, entries, index)
+            _read_stale(scheduler, result, entries, index, now)
     return entries
 
 
-def _read_stale(scheduler: Scheduler, result: StepResult, entries: _Entries, index: int) -> None:
+def _read_stale(scheduler: Scheduler, result: StepResult, entries: _Entries, index: int, now: float) -> None:
     """A token for a request that has left its row: it counts if the request was preempted."""
     request = scheduler.draining.get((int(result.row[index]), int(result.gen[index])))
     if request is None or not scheduler.is_unfinished(request):
@@ -144,8 +148,11 @@ def _read_stale(scheduler: Scheduler, result: StepResult, entries: _Entries, ind
     entries.first_index[index] = len(request.token_ids) - request.prompt_len
     entries.keep[index] = True
     request.token_ids = np.append(request.token_ids, result.token[index])
+    if request.first_token_s >= 0:
+        scheduler.gaps.observe(np.array([now - request.last_token_s]))
+        request.last_token_s = now
     if entries.finish[index]:
-        scheduler.end(request)
+        scheduler.end(request, Finish(int(entries.finish[index])))
         scheduler.counters.num_finished += 1
 
 
@@ -156,7 +163,7 @@ def _finish_rows(scheduler: Scheduler, result: StepResult, entries: _Entries) ->
         if request is not None and scheduler.rows.gen[row] == result.gen[index]:
             # The device has frozen the row: a step in flight, though planned, leaves its last token out.
             scheduler.rows.computed[row] = scheduler.rows.known[row] - 1
-            scheduler.end(request)
+            scheduler.end(request, Finish(int(result.finish[index])))
             scheduler.counters.num_finished += 1
 
 
@@ -179,7 +186,8 @@ def _fail_rows(scheduler: Scheduler, errors: RowErrors | None) -> list[tuple[int
         if request is None or not scheduler.is_unfinished(request):
             continue
         blocks = scheduler.rows.blocks_of(row) if owner else []
-        scheduler.end(request)
+        scheduler.end(request, Finish.ERROR)
+        scheduler.num_corrupted += 1
         scheduler.pool.unpublish([*blocks, *scheduler.pool.find_all(request.hashes)])
         message = RequestFailed(
             epoch=scheduler.epoch, handle=request.handle, code="internal", message=problem
@@ -202,6 +210,7 @@ def _read_started(scheduler: Scheduler, result: StepResult, now: float) -> dict[
         request = rows.requests[row]
         assert request is not None
         request.started_sent = True
+        request.first_token_s = now
         found.setdefault(request.frontend, []).append(request)
     return {frontend: _started(requests, now) for frontend, requests in found.items()}
 

@@ -36,6 +36,7 @@ class RowTable:
         self.prompt_len = np.zeros(num_rows, np.int32)
         self.handle = np.zeros(num_rows, np.uint64)
         self.frontend = np.zeros(num_rows, np.int32)
+        self.last_token_s = np.full(num_rows, np.nan)  # when the last token's result was applied
         self.unstarted = np.zeros(num_rows, np.bool_)  # no token sent since it was added
         # Pages of these two are only touched as sequences grow into them.
         self.tokens = np.zeros((num_rows, max_model_len + 1), np.int32)
@@ -72,6 +73,7 @@ class RowTable:
         self.prompt_len[row] = request.prompt_len
         self.handle[row] = request.handle
         self.frontend[row] = request.frontend
+        self.last_token_s[row] = request.last_token_s if request.last_token_s >= 0 else np.nan
         self.tokens[row, :length] = request.token_ids
         self.blocks[row, : len(blocks)] = blocks
         self.requests[row] = request
@@ -92,6 +94,8 @@ class RowTable:
         request = self.requests[row]
         assert request is not None
         request.token_ids = self.tokens[row, : self.known[row]].copy()
+        if request.first_token_s >= 0:
+            request.last_token_s = float(self.last_token_s[row])
         request.row = NO_ROW
         self.requests[row] = None
         self.gen[row] += 1

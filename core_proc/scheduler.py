@@ -10,19 +10,21 @@ It owns no socket, clock or tensor: time is an argument, so any history of calls
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
 from tercet.config import SchedulerConfig
+from tercet.core_proc import tracing
 from tercet.core_proc.block_pool import BlockPool
 from tercet.core_proc.prefix_cache import BlockHasher
 from tercet.core_proc.request import NO_ROW, Prompt, Request
 from tercet.core_proc.rows import RowTable
+from tercet.core_proc.telemetry import TokenGaps
 from tercet.core_proc.waiting_queue import WaitingQueue
-from tercet.ipc.messages import AddRequest, Admission, Audit, PauseMode, RowState, StepPlan
+from tercet.ipc.messages import AddRequest, Admission, Audit, Finish, PauseMode, RowState, StepPlan
 
 _DECODE = int(RowState.DECODE)  # numpy is slow to see that an enum's member is a number
 _LOOKAHEAD = 64  # waiting requests looked at past one that must wait for its turn
@@ -80,6 +82,13 @@ class Scheduler:
         self.waiting = WaitingQueue(config.policy)
         self.requests: dict[tuple[int, int], Request] = {}  # (frontend, handle) -> unfinished request
         self.counters = Counters()
+        self.gaps = TokenGaps()
+        self.num_corrupted = 0  # requests whose computation failed
+        self.unfinished: dict[int, int] = {}  # requests of each frontend that has any
+        self.on_end: Callable[[Request, Finish], None] | None = (
+            None  # told of each that leaves, in no row then
+        )
+        self.planned_tokens = self.planned_decodes = 0  # of the last plan
         self.step = 0
         self.applied_step = 0
         self.paused: PauseMode | None = None
@@ -115,7 +124,10 @@ class Scheduler:
                 max_total=limit,
                 prompt_logprobs_from=-1 if message.sampling.prompt_logprobs is None else 1,
             )
+            if message.trace:
+                tracing.begin(request)
             self.requests[frontend, request.handle] = request
+            self.unfinished[frontend] = self.unfinished.get(frontend, 0) + 1
             self.waiting.push(request)
 
     def abort(self, frontend: int, handles: Iterable[int], *, stopped: bool = False) -> int:
@@ -128,7 +140,7 @@ class Scheduler:
         for handle in handles:
             request = self.requests.get((frontend, handle))
             if request is not None:
-                self.end(request)
+                self.end(request, Finish.EOS if stopped else Finish.ABORT)
                 count += 1
         if stopped:
             self.counters.num_finished += count
@@ -143,13 +155,18 @@ class Scheduler:
             frontend, [handle for owner, handle in reversed(self.requests) if owner == frontend]
         )
 
-    def end(self, request: Request) -> None:
+    def end(self, request: Request, finish: Finish) -> None:
         """Forget a request, wherever it is; its blocks are free from the next plan on."""
         del self.requests[request.frontend, request.handle]
+        self.unfinished[request.frontend] -= 1
+        if not self.unfinished[request.frontend]:
+            del self.unfinished[request.frontend]
         if request.row != NO_ROW:
             self._leave_row(request)
         else:
             self.waiting.remove(request)
+        if self.on_end is not None:
+            self.on_end(request, finish)
 
     def _leave_row(self, request: Request) -> None:
         """Keep the contents of what was computed, give back blocks and row."""
@@ -200,6 +217,8 @@ class Scheduler:
         if num_decodes == 0 and not self._draft.chunks:
             return None
         self.step += 1
+        self.planned_decodes = num_decodes
+        self.planned_tokens = num_decodes + sum([chunk[2] for chunk in self._draft.chunks])
         plan = self._build_plan(decoding)
         # From here on the next plan's draft is written.
         self._advance_decodes(decoding)
@@ -370,6 +389,8 @@ class Scheduler:
             sampling=request.sampling,
             blocks=[np.array(blocks, np.int32)],
             prompt_logprobs_from=request.prompt_logprobs_from,
+            trace=request.trace,
+            frontend=request.frontend if request.trace else 0,
         )
 
     def _add_chunk(self, row: int, budget: int) -> int:

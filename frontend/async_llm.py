@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,20 +25,26 @@ from tercet.frontend.client import CoreClient
 from tercet.frontend.connecting import Connecting
 from tercet.frontend.drain import wait_until_idle
 from tercet.frontend.engine_end import death_notice, is_running_loop, release
-from tercet.frontend.input_processor import InputProcessor, PreparedRequest
+from tercet.frontend.input_processor import (
+    InputProcessor,
+    PreparedRequest,
+    checked_params,
+    make_processor,
+)
 from tercet.frontend.inputs import ParsedPrompt, PromptType, parse_prompt
 from tercet.frontend.launcher import EngineProcesses
-from tercet.frontend.metrics import Metric, StatsLogger, metrics_of, stats_line
+from tercet.frontend.metrics import Metric
 from tercet.frontend.model_config import ModelConfig
+from tercet.frontend.observing import Observer
 from tercet.frontend.output_processor import RequestState
 from tercet.frontend.outputs import RequestOutput
+from tercet.frontend.pulse import Pulse
 from tercet.frontend.sampling_params import SamplingParams
 from tercet.frontend.stream import RequestStream
 from tercet.frontend.tokenizer import Tokenizer
-from tercet.frontend.tokenizer_bundle import TokenizerBundle
+from tercet.frontend.tracing import RequestTracer, make_tracer
 from tercet.frontend.validation import check_profile_prefix, check_str
 from tercet.ipc.messages import (
-    GetStats,
     Limits,
     ModelInfo,
     PauseGeneration,
@@ -48,8 +54,8 @@ from tercet.ipc.messages import (
     StartProfile,
     Stats,
     StopProfile,
-    Welcome,
 )
+from tercet.ipc.telemetry import Metrics
 from tercet.log import get_logger
 
 logger = get_logger(__name__)
@@ -73,6 +79,7 @@ class NewRequest:
     request_id: str | None = None
     priority: int = 0
     default_seed: int | None = None
+    trace_headers: Mapping[str, str] | None = None
 
 
 _Opened: TypeAlias = tuple[RequestState, ParsedPrompt, NewRequest]
@@ -92,28 +99,29 @@ class AsyncLLM:
         processes: EngineProcesses | None = None,
         enable_log_requests: bool = False,
         log_stats: bool = False,
+        tracer: RequestTracer | None = None,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
         """
         Args:
             address: where the engine's core listens.
             processes: the running engine, if it is this object's to stop.
-            enable_log_requests: log each request's arrival and end.
+            enable_log_requests: log a record of each request when it has ended.
             log_stats: log the engine's state every 10 s while it works.
+            tracer: makes spans of requests; closed with this object.
             handshake_timeout_s: for the core to answer.
         """
         self._client = CoreClient(address)
         self._processes = processes
-        self._log_requests = enable_log_requests
+        self._observer = Observer(
+            self._client, log_requests=enable_log_requests, log_stats=log_stats, tracer=tracer
+        )
         self._handshake_timeout_s = handshake_timeout_s
         self._pool = ThreadPoolExecutor(TOKENIZE_THREADS, thread_name_prefix="tercet-tokenize")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting: asyncio.Task[None] | None = None
         self._processor: InputProcessor | None = None
         self._paused = False
-        self._logged_stats: Stats | None = None
-        if log_stats:
-            self._client.on_stats = StatsLogger().observe
         if processes is not None:
             processes.on_death = death_notice(weakref.ref(self._client))
         self._release = weakref.finalize(self, release, self._client, processes, self._pool)
@@ -137,7 +145,9 @@ class AsyncLLM:
             ModelNotFoundError, UnsupportedModelError: there is no model that could run.
             StartupError: a process could not start; nothing is left running.
         """
-        processes = EngineProcesses(engine_args.create_engine_config(), progress=progress or logger.info)
+        config = engine_args.create_engine_config()
+        tracer = make_tracer(engine_args.otlp_traces_endpoint)
+        processes = EngineProcesses(config, progress=progress or logger.info)
         try:
             processes.start()
         except BaseException:
@@ -148,10 +158,19 @@ class AsyncLLM:
             processes=processes,
             enable_log_requests=isinstance(engine_args, AsyncEngineArgs) and engine_args.enable_log_requests,
             log_stats=not engine_args.disable_log_stats,
+            tracer=tracer,
         )
 
     @classmethod
-    def connect(cls, address: str, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Connecting:
+    def connect(
+        cls,
+        address: str,
+        *,
+        timeout_s: float = HANDSHAKE_TIMEOUT_S,
+        enable_log_requests: bool = False,
+        log_stats: bool = False,
+        otlp_traces_endpoint: str | None = None,
+    ) -> Connecting:
         """Attach to a running engine; the address (`ipc:///path`) is all that is needed.
 
             async with AsyncLLM.connect(address) as engine: ...
@@ -160,7 +179,14 @@ class AsyncLLM:
         Closing leaves the engine running. Raises ConfigError if no engine listens there, EngineError if it
         does not answer within `timeout_s` or speaks another protocol.
         """
-        return Connecting(cls(address, handshake_timeout_s=timeout_s))
+        engine = cls(
+            address,
+            handshake_timeout_s=timeout_s,
+            enable_log_requests=enable_log_requests,
+            log_stats=log_stats,
+            tracer=make_tracer(otlp_traces_endpoint),
+        )
+        return Connecting(engine)
 
     async def start(self) -> None:
         """Attach to the core on the running event loop. Every other method does so where it must.
@@ -184,12 +210,12 @@ class AsyncLLM:
     async def _start(self) -> None:
         try:
             welcome = await self._client.connect(
-                f"{sys.argv[0].rpartition('/')[2] or 'python'}",
+                sys.argv[0].removesuffix("/__main__.py").rpartition("/")[2] or "python",
                 self._handshake_timeout_s,
                 watch_process=self._processes is None,
             )
             assert self._loop is not None
-            self._processor = await self._loop.run_in_executor(self._pool, _make_processor, welcome)
+            self._processor = await self._loop.run_in_executor(self._pool, make_processor, welcome)
         finally:
             self._starting = None
 
@@ -209,6 +235,7 @@ class AsyncLLM:
         if self._processes is not None:
             self._processes.stop(STOP_TIMEOUT_S if timeout is None else timeout)
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._observer.close()
 
     async def aclose(self) -> None:
         """As `shutdown()`, without holding up the event loop."""
@@ -256,6 +283,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate, yielding outputs as they come; one's own pace only merges them.
 
@@ -266,6 +294,7 @@ class AsyncLLM:
             sampling_params: copied; later changes have no effect.
             request_id: unique among unfinished requests; drawn where None.
             priority: lower runs earlier, with scheduling_policy='priority'.
+            trace_headers: of the caller; a W3C `traceparent` among them is the parent of the request's span.
 
         Raises:
             ValidationError: a field is wrong; names it. Nothing was sent.
@@ -273,7 +302,9 @@ class AsyncLLM:
             RequestError: this request failed.
             EngineDeadError, EngineClosedError: there is no engine any more.
         """
-        stream = await self.add_request(prompt, sampling_params, request_id, priority=priority)
+        stream = await self.add_request(
+            prompt, sampling_params, request_id, priority=priority, trace_headers=trace_headers
+        )
         try:
             async for output in stream:
                 yield output
@@ -288,13 +319,14 @@ class AsyncLLM:
         *,
         priority: int = 0,
         add_special_tokens: bool = True,
+        trace_headers: Mapping[str, str] | None = None,
     ) -> RequestStream:
         """As `generate`, with the stream in the caller's hands: whoever drops it unread calls its `close`.
 
         Args:
             add_special_tokens: for text: add what the model expects around it; False for rendered chats.
         """
-        request = NewRequest(prompt, sampling_params, request_id, priority)
+        request = NewRequest(prompt, sampling_params, request_id, priority, trace_headers=trace_headers)
         return (await self.add_requests([request], add_special_tokens=add_special_tokens))[0]
 
     async def add_requests(
@@ -313,7 +345,7 @@ class AsyncLLM:
             for (state, *_), ready in zip(opened, prepared, strict=True):
                 if not state.finished:  # or it was aborted meanwhile
                     handle = outputs.admit(state, ready)
-                    self._client.add(ready.message(self._client.epoch, handle))
+                    self._client.add(ready.message(self._client.epoch, handle, state.trace))
         except BaseException:
             for stream in streams:
                 stream.close()
@@ -321,16 +353,14 @@ class AsyncLLM:
         return streams
 
     def _open(self, request: NewRequest, arrival_s: float, streams: list[RequestStream]) -> _Opened:
-        params, parsed = _checked_params(request.params), parse_prompt(request.prompt)
+        params, parsed = checked_params(request.params), parse_prompt(request.prompt)
         given = request.request_id
         request_id = uuid.uuid4().hex if given is None else check_str("request_id", given)
         request = dataclasses.replace(request, params=params)
         state = self._client.outputs.open(request_id, params, arrival_s)
         assert self._loop is not None
         streams.append(RequestStream(state, self._client.outputs, self._loop))
-        if self._log_requests:
-            logger.info("request %s: %r", request_id, params)
-            state.on_finish = (_log_finish,)
+        self._observer.opened(state, params, request.trace_headers)
         return state, parsed, request
 
     async def _prepare(
@@ -408,6 +438,11 @@ class AsyncLLM:
         self._client.check()
 
     @property
+    def pulse(self) -> Pulse:
+        """What heartbeats have told of the engine so far; nothing is asked of it."""
+        return self._client.pulse
+
+    @property
     def model_info(self) -> ModelInfo:
         """The model's name, context length, vocabulary and so on.
 
@@ -433,8 +468,8 @@ class AsyncLLM:
         return ("generate",)
 
     async def is_tracing_enabled(self) -> bool:
-        """Whether requests are traced through OpenTelemetry: False, the engine does not do so yet."""
-        return False
+        """Whether requests are traced through OpenTelemetry."""
+        return self._observer.tracer is not None
 
     @property
     def limits(self) -> Limits:
@@ -481,26 +516,29 @@ class AsyncLLM:
         return SamplingParams.from_optional(**self.model_info.default_sampling)
 
     async def get_metrics(self) -> list[Metric]:
-        """Every gauge and counter of the engine, as of now."""
-        stats = await self._get_stats()
-        return metrics_of(stats, self.model_info.served_names[0])
+        """Every figure of the engine and of all its frontends, as of now."""
+        await self.start()
+        return await self._observer.metrics()
+
+    async def get_telemetry(self, steps_after: int | None = None) -> tuple[Stats, Metrics]:
+        """As `get_metrics`, as the core tells it; with the steps after this one, where it is not None."""
+        await self.start()
+        return await self._observer.telemetry(steps_after)
+
+    @property
+    def observer(self) -> Observer:
+        """Counts, records and traces what this frontend does."""
+        return self._observer
 
     async def do_log_stats(self) -> None:
         """Log one line with the engine's state; throughputs are since the last one."""
-        stats = await self._get_stats()
-        logger.info("%s", stats_line(stats, self._logged_stats))
-        self._logged_stats = stats
-
-    async def _get_stats(self) -> Stats:
         await self.start()
-        stats = (await self._client.call(GetStats())).stats
-        if stats is None:
-            raise EngineError("the engine gave no figures")
-        return stats
+        await self._observer.log_stats()
 
     async def wait_for_requests_to_drain(self, drain_timeout: float = 300) -> None:
         """Return once nothing runs or waits, of whichever frontend. Raises TimeoutError after so many seconds."""
-        await wait_until_idle(self._get_stats, self.get_num_unfinished_requests, drain_timeout)
+        await self.start()
+        await wait_until_idle(self._observer.stats, self.get_num_unfinished_requests, drain_timeout)
 
     # ---- calls
 
@@ -552,31 +590,3 @@ class AsyncLLM:
         """End the trace; returns once its file is written. Raises EngineError if none is being made."""
         await self.start()
         await self._client.call(StopProfile())
-
-
-def _make_processor(welcome: Welcome) -> InputProcessor:
-    """Builds the tokenizer: a second or so for a large vocabulary."""
-    tokenizer = None
-    if welcome.files:
-        tokenizer = Tokenizer(TokenizerBundle.from_files(welcome.files, welcome.model.name))
-    return InputProcessor(welcome.model, welcome.limits, tokenizer)
-
-
-def _checked_params(params: SamplingParams) -> SamplingParams:
-    if not isinstance(params, SamplingParams):
-        raise ValidationError("sampling_params", f"must be SamplingParams; got {type(params).__name__}")
-    params = params.clone()
-    params.validate()
-    return params
-
-
-def _log_finish(request: RequestState) -> None:
-    num_tokens = sum(len(child.token_ids) for child in request.children)
-    how = "failed" if request.error is not None else "finished"
-    logger.info(
-        "request %s %s: %d prompt tokens, %d output tokens",
-        request.request_id,
-        how,
-        len(request.prompt_token_ids),
-        num_tokens,
-    )

@@ -1,8 +1,9 @@
 """Chats to text: a model's Jinja chat template, rendered in a sandbox.
 
-Renders as transformers does (same Jinja settings, globals and filters), so that a template written for it
-gives the same text. Templates come from whoever runs the engine, messages from clients: what a client sends
-is data for the template and cannot stand in for the renderer's own arguments. Output and time are limited.
+Renders as transformers does (same Jinja settings and globals, and its filters but those that
+`template_sandbox` leaves out), so that a template written for it gives the same text. Templates come with a
+download or from whoever runs the engine, messages from clients: what a client sends is data for the template
+and cannot stand in for the renderer's own arguments. Output, memory and time are limited.
 
 Does not know tokens: the text is to be encoded without special tokens added.
 """
@@ -11,9 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -22,10 +21,16 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tercet.errors import ConfigError, ValidationError
 from tercet.frontend.chat_messages import ContentForm, Message, normalize_messages, plain_data
+from tercet.frontend.template_sandbox import (
+    MAX_SOURCE_CHARS,
+    BoundedSandbox,
+    Budget,
+    TemplateLimitError,
+    within,
+)
 from tercet.frontend.validation import shown
 
 MAX_RENDERED_CHARS = 32 << 20
@@ -49,8 +54,6 @@ RENDERER_ARGUMENTS = frozenset(
 # Put at the end of the message that is to be continued, to find that place again in the rendered text.
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
-_deadline_s: ContextVar[float] = ContextVar("_deadline_s", default=float("inf"))
-
 
 class ChatTemplateError(ValidationError):
     """The template refused the conversation (`raise_exception`), or failed on it."""
@@ -69,27 +72,6 @@ class _GenerationTag(jinja2.ext.Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The immutable sandbox with a clock: look-ups and calls, which every loop makes, check the deadline."""
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        _check_deadline()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        _check_deadline()
-        return super().getitem(obj, argument)
-
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _check_deadline()
-        return super().call(context, obj, *args, **kwargs)
-
-
-def _check_deadline() -> None:
-    if time.monotonic() > _deadline_s.get():
-        raise ChatTemplateError("messages", f"rendering the chat took longer than {MAX_RENDER_S:g} s")
 
 
 def _raise_exception(message: str) -> None:
@@ -113,11 +95,11 @@ def _tojson(
     )
 
 
-def _make_environment() -> _Sandbox:
-    environment = _Sandbox(
+def _make_environment() -> BoundedSandbox:
+    environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.guard_filters(tojson=_tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -141,11 +123,19 @@ def compile_chat_template(source: str) -> CompiledTemplate:
     Raises:
         ConfigError: the source is not a valid template.
     """
+    if len(source) > MAX_SOURCE_CHARS:
+        raise ConfigError("chat_template", f"has {len(source)} characters; at most {MAX_SOURCE_CHARS} may be")
     try:
-        form = _content_form(_ENVIRONMENT.parse(source))
-        return CompiledTemplate(_ENVIRONMENT.from_string(source), form)
+        with within(Budget(MAX_RENDERED_CHARS, MAX_RENDER_S)):  # constant expressions are computed now
+            form = _content_form(_ENVIRONMENT.parse(source))
+            return CompiledTemplate(_ENVIRONMENT.from_string(source), form)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError("chat_template", f"line {error.lineno}: {error.message}") from None
+    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, ValueError) as error:
+        problem = (
+            f"cannot be compiled: {type(error).__name__}: {error!s:.200}"  # too deep, too large a number
+        )
+        raise ConfigError("chat_template", problem) from None
 
 
 def render_chat(
@@ -200,22 +190,22 @@ def render_chat(
 
 def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
     pieces: list[str] = []
+    budget = Budget(MAX_RENDERED_CHARS, MAX_RENDER_S)
     num_chars = 0
-    token = _deadline_s.set(time.monotonic() + MAX_RENDER_S)
     try:
-        for piece in template.generate(variables):
-            num_chars += len(piece)
-            if num_chars > MAX_RENDERED_CHARS:
-                raise ChatTemplateError("messages", f"the chat is over {MAX_RENDERED_CHARS} characters long")
-            pieces.append(piece)
-    except ChatTemplateError:
-        raise
+        with within(budget):
+            for piece in template.generate(variables):
+                num_chars += len(piece)
+                if num_chars > MAX_RENDERED_CHARS:
+                    raise TemplateLimitError(f"the chat is over {MAX_RENDERED_CHARS} characters long")
+                budget.charge(1)
+                pieces.append(piece)
+    except TemplateLimitError as error:
+        raise ChatTemplateError("messages", str(error)) from None
     except _Refusal as refusal:
         raise ChatTemplateError("messages", f"refused by the chat template: {refusal.message}") from None
     except Exception as error:  # whatever a template does wrong is an error of this request
         raise _failure(error, variables["messages"]) from None
-    finally:
-        _deadline_s.reset(token)
     return "".join(pieces)
 
 

@@ -26,6 +26,8 @@ from tercet.errors import (
     ValidationError,
 )
 from tercet.frontend.output_processor import OutputProcessor
+from tercet.frontend.pulse import Pulse
+from tercet.frontend.reporting import Reporter
 from tercet.ipc.address import check_address, is_socket
 from tercet.ipc.channel import AsyncDealerEnd
 from tercet.ipc.errors import ClosedChannelError, PeerUnreachableError
@@ -47,6 +49,7 @@ from tercet.ipc.messages import (
     StepOutputs,
     Welcome,
 )
+from tercet.ipc.telemetry import Spans
 from tercet.log import get_logger
 
 logger = get_logger(__name__)
@@ -73,15 +76,21 @@ class CoreClient:
     Attributes:
         outputs: this frontend's requests.
         welcome: what the core said of itself; None before.
+        reporter: counts what the core shall be told of this frontend.
+        on_spans: told what core and worker have measured of traced requests.
         on_stats: told the gauges and counters that the core sends by itself, once a heartbeat interval.
+        pulse: what those, and the time since the last message, say of the engine's health.
         num_dropped: messages of another epoch, or out of place.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.outputs = OutputProcessor(self._send_abort)
+        self.reporter = Reporter(self.outputs)
         self.welcome: Welcome | None = None
         self.on_stats: Callable[[Stats], None] | None = None
+        self.on_spans: Callable[[Spans], None] | None = None
+        self.pulse = Pulse()
         self.num_dropped = 0
         self._pid = os.getpid()
         self._dead_error: EngineError | None = None
@@ -151,6 +160,7 @@ class CoreClient:
         """Leave: the core aborts what is unfinished here, and everyone who waits is told. Idempotent."""
         if self.dead_error is None:
             if self._end is not None and self._epoch >= 0:
+                self.report()  # or what was counted last would be lost
                 self._try_send(Goodbye(epoch=self._epoch, reason="closed"))
             self._end_with(EngineClosedError("the engine was shut down on this side"))
 
@@ -255,15 +265,23 @@ class CoreClient:
         """Once per heartbeat interval. A busy event loop delays ticks too, so it cannot fake silence."""
         assert self._loop is not None and self.welcome is not None
         self._num_silent += 1
+        self.pulse.silent_s = (self._num_silent - 1) * self.welcome.heartbeat_s
         if self._num_silent > SILENT_HEARTBEATS:
             self.die(f"no sign of life for {self._num_silent * self.welcome.heartbeat_s:.0f} s")
             return
         while self._unsent and self._try_send(self._unsent[0]):
             self._unsent.popleft()
+        self.report()
         if not self._sent_lately:
             self._try_send(Heartbeat(epoch=self._epoch))
         self._sent_lately = False
         self._timer = self._loop.call_later(self.welcome.heartbeat_s, self._tick)
+
+    def report(self) -> None:
+        """Tell the core what was counted here since the last time; by itself once a heartbeat interval."""
+        message = self.reporter.take(self._epoch)
+        if message is not None:
+            self._try_send(message)
 
     # ---- messages in
 
@@ -282,8 +300,12 @@ class CoreClient:
                 if future is not None and not future.done():
                     future.set_result(message)
             case Stats():
+                self.pulse.observe(message)
                 if self.on_stats is not None:
                     self.on_stats(message)
+            case Spans():
+                if self.on_spans is not None:
+                    self.on_spans(message)
             case Heartbeat():
                 pass
             case Goodbye(reason=reason):

@@ -21,7 +21,8 @@ from tercet.frontend.logprobs import LogprobsReader
 from tercet.frontend.sampling_params import SamplingParams
 from tercet.frontend.stop_strings import OutputText
 from tercet.frontend.tokenizer import Tokenizer
-from tercet.ipc.messages import AddRequest, Limits, ModelInfo, Sampling
+from tercet.frontend.tokenizer_bundle import TokenizerBundle
+from tercet.ipc.messages import AddRequest, Limits, ModelInfo, Sampling, Welcome
 
 _MASK: Final = 2**64 - 1
 
@@ -67,8 +68,8 @@ class PreparedRequest:
     reader: LogprobsReader | None
     prompt_reader: LogprobsReader | None
 
-    def message(self, epoch: int, handle: int) -> AddRequest:
-        """The wire form; `handle` is the first child's."""
+    def message(self, epoch: int, handle: int, trace: str = "") -> AddRequest:
+        """The wire form; `handle` is the first child's, `trace` a W3C traceparent."""
         return AddRequest(
             epoch=epoch,
             handle=handle,
@@ -80,6 +81,7 @@ class PreparedRequest:
             cache_salt=self.cache_salt,
             arrival_s=self.arrival_s,
             read_prefix_cache=self.read_prefix_cache,
+            trace=trace,
         )
 
 
@@ -300,3 +302,20 @@ class InputProcessor:
             return OutputText(detokenizer, stop, include_stop_str_in_output=include, min_tokens=min_tokens)
 
         return make_text
+
+
+def make_processor(welcome: Welcome) -> InputProcessor:
+    """Builds the tokenizer: a second or so for a large vocabulary."""
+    tokenizer = None
+    if welcome.files:
+        tokenizer = Tokenizer(TokenizerBundle.from_files(welcome.files, welcome.model.name))
+    return InputProcessor(welcome.model, welcome.limits, tokenizer)
+
+
+def checked_params(params: SamplingParams) -> SamplingParams:
+    """A copy of valid parameters. Raises ValidationError."""
+    if not isinstance(params, SamplingParams):
+        raise ValidationError("sampling_params", f"must be SamplingParams; got {type(params).__name__}")
+    params = params.clone()
+    params.validate()
+    return params

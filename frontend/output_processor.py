@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from tercet import histogram
 from tercet.errors import RequestError, TercetError, ValidationError
 from tercet.frontend.flat_logprobs import PromptLogprobs, SampleLogprobs
 from tercet.frontend.input_processor import PreparedRequest
@@ -33,12 +34,13 @@ from tercet.frontend.outputs import (
 from tercet.frontend.sampling_params import RequestOutputKind, SamplingParams
 from tercet.frontend.stop_strings import OutputText
 from tercet.frontend.waking import TaskWaker, Waiter
+from tercet.histogram import Histogram
 from tercet.ipc.messages import Finish, Started, StepOutputs
 from tercet.log import get_logger
 
 logger = get_logger(__name__)
 
-_REASONS: Final[dict[int, FinishReason]] = {
+REASONS: Final[dict[int, FinishReason]] = {
     Finish.EOS: "stop",
     Finish.STOP_TOKEN: "stop",
     Finish.LENGTH: "length",
@@ -160,7 +162,7 @@ class Child:
         stop_reason: int | str | None = self.stop_string
         if self.finish == Finish.STOP_TOKEN and stop_reason is None:
             stop_reason = self.token_ids[-1]
-        return _REASONS[self.finish], stop_reason
+        return REASONS[self.finish], stop_reason
 
 
 class RequestState:
@@ -188,6 +190,7 @@ class RequestState:
         "slack",
         "stats",
         "taken",
+        "trace",
         "waiter",
     )
 
@@ -205,6 +208,7 @@ class RequestState:
         self.num_cached_tokens: int | None = None
         self.stats = RequestStateStats(arrival_s)
         self.error: TercetError | None = None
+        self.trace = ""  # W3C traceparent of its span; empty where it is not traced
         self.ready = False
         self.waiter: Waiter | None = None
         self.taken = False  # the consumer has had the last output
@@ -293,6 +297,8 @@ class OutputProcessor:
         self._next_handle = 1
         self.requests: dict[str, RequestState] = {}
         self.waker: TaskWaker | None = None  # shared by the streams of these requests, who make it
+        self.first_token_s = Histogram(histogram.FIRST_TOKEN_S)  # of completions, from arrival on
+        self.e2e_s = Histogram(histogram.REQUEST_S)
         self.num_malformed = 0  # messages whose columns contradict each other
         self.num_dropped_tokens = 0  # tokens that had already come
 
@@ -346,9 +352,9 @@ class OutputProcessor:
         request.error = error
         for child in request.children:
             self._children.pop(child.handle, None)
-        request.children = []
         request.num_unfinished = 0
         self._forget(request)
+        request.children = []
         request.wake()
 
     def fail_handle(self, handle: int, make_error: Callable[[str], TercetError]) -> None:
@@ -464,7 +470,7 @@ class OutputProcessor:
     def _advance(self, child: Child, finish: int) -> None:
         """What a new token may set off: a stop string, the end."""
         if finish:
-            if finish in _REASONS:
+            if finish in REASONS:
                 self._finish(child, Finish(finish))
             else:
                 self._fault(child, f"ended for an unknown reason ({finish})")
@@ -493,8 +499,12 @@ class OutputProcessor:
         request.num_unfinished -= 1
         if request.kind is not RequestOutputKind.FINAL_ONLY or not request.num_unfinished:
             child.wake_at = -1  # so that its end is news
+        e2e_s = time.time() - request.stats.arrival_time
+        if child.finish != Finish.ABORT:
+            self.e2e_s.observe(e2e_s)
         if not request.num_unfinished:
-            request.stats.e2e_latency = time.time() - request.stats.arrival_time
+            request.stats.e2e_latency = e2e_s
+            self.e2e_s.fold()
             self._forget(request)
 
     def _apply_started(self, started: Started) -> None:
@@ -504,11 +514,15 @@ class OutputProcessor:
             *(column.tolist() for column in columns), strict=False
         ):
             child = self._children.get(handle)
-            if child is not None and child.request.num_cached_tokens is None:
-                request, stats = child.request, child.request.stats
+            if child is None:
+                continue
+            request, stats = child.request, child.request.stats
+            self.first_token_s.observe(now - stats.arrival_time)
+            if request.num_cached_tokens is None:
                 request.num_cached_tokens = num_cached
                 stats.queue_s, stats.prefill_s = queue_s, prefill_s
                 stats.first_token_latency = now - stats.arrival_time
+        self.first_token_s.fold()
 
     def _apply_prompt_logprobs(self, outputs: StepOutputs) -> None:
         columns = outputs.prompt_logprobs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from tercet.frontend.output_processor import OutputProcessor, RequestState
@@ -88,3 +88,37 @@ class RequestStream:
                 raise StopAsyncIteration
             await self._waiter
         return request.take_ready()
+
+
+class _FirstOf:
+    """A waiter in several places, which the first one ready wakes."""
+
+    __slots__ = ("woken",)
+
+    def __init__(self) -> None:
+        self.woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def wake(self) -> None:
+        if not self.woken.done():
+            self.woken.set_result(None)
+
+
+async def wait_for_any(streams: Sequence[RequestStream]) -> None:
+    """Wait until `get_nowait` of one of these has something to give or to raise, or until all are finished.
+
+    For one consumer of several streams, who has no other that waits on them.
+    """
+    requests = [stream._request for stream in streams if not stream._request.taken]
+    if not requests or any(request.ready for request in requests):
+        return
+    waiter = _FirstOf()
+    for request in requests:
+        if request.waiter is not None:
+            raise RuntimeError("the outputs of this request are being awaited elsewhere")
+        request.waiter = waiter
+    try:
+        await waiter.woken
+    finally:
+        for request in requests:
+            if request.waiter is waiter:
+                request.waiter = None

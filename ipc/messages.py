@@ -12,26 +12,17 @@ optional plan sections) are part of the schema from the first day; a core that d
 refuses requests that set it.
 """
 
+# ruff: noqa: RUF012  (msgspec copies a struct's mutable defaults; ruff cannot see that these are structs)
+
 from __future__ import annotations
 
 import enum
 from typing import TypeAlias
 
-import msgspec
-import numpy as np
+from tercet.ipc.message_base import Column, Message, Part
+from tercet.ipc.telemetry import FrontendReport, Metrics, Spans
 
 PROTOCOL_VERSION = 1
-
-Column: TypeAlias = np.ndarray
-"""A numpy array; the comment beside each field gives dtype and shape."""
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
-    """Base of every message."""
-
-
-class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Base of every struct that travels inside a message."""
 
 
 class Finish(enum.IntEnum):
@@ -154,7 +145,7 @@ class AddRequest(Message, frozen=True, kw_only=True):
     cache_hint: str = ""  # reserved
     parent: int = 0  # reserved
     ttl_s: float = 0.0  # reserved
-    trace: str = ""  # reserved: W3C traceparent
+    trace: str = ""  # W3C traceparent; core and worker then report Spans of the request
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -184,6 +175,15 @@ class GetStats(Part, frozen=True, tag=True):
     """Ask for a Stats now."""
 
 
+class GetMetrics(Part, frozen=True, tag=True):
+    """Ask for Stats and Metrics now: totals of the core and of every frontend, those that have left included.
+
+    `steps_after` asks for the steps after that one, as far as the core remembers them; None for no steps.
+    """
+
+    steps_after: int | None = None
+
+
 class CheckInvariants(Part, frozen=True, tag=True):
     """Recount blocks and rows. Value: True; a fault in the accounts comes back as the reply's error."""
 
@@ -209,6 +209,7 @@ CallBody: TypeAlias = (
     | PauseGeneration
     | ResumeGeneration
     | GetStats
+    | GetMetrics
     | CheckInvariants
     | StartProfile
     | StopProfile
@@ -383,6 +384,7 @@ class Reply(Message, frozen=True, kw_only=True):
     error: str | None = None
     value: bool = True
     stats: Stats | None = None
+    metrics: Metrics | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -433,6 +435,8 @@ class Admission(Part, frozen=True, kw_only=True):
     adapter: str = ""  # reserved
     multimodal: list[MultiModalRange] = []  # reserved
     grammar: Grammar | None = None  # reserved
+    trace: str = ""  # W3C traceparent of the core's span; the worker then reports Spans
+    frontend: int = 0  # that Spans are for
 
 
 class Audit(Part, frozen=True, kw_only=True):
@@ -495,6 +499,7 @@ class StepResult(Message, frozen=True, kw_only=True):
     encoder_done: Column | None = None  # reserved
     host_us: float = 0.0  # worker CPU from message to launch
     step_us: float = 0.0  # message to result
+    gc_us: float = 0.0  # of collections of garbage since the last result
 
 
 class WorkerFailed(Message, frozen=True, kw_only=True):
@@ -512,7 +517,9 @@ class Shutdown(Message, frozen=True, kw_only=True):
 
 
 # One union per inbox.
-FrontendToCore: TypeAlias = Hello | AddRequest | Abort | Call | Heartbeat | Goodbye
-CoreToFrontend: TypeAlias = Welcome | StepOutputs | RequestFailed | Reply | Stats | Heartbeat | Goodbye
+FrontendToCore: TypeAlias = Hello | AddRequest | Abort | Call | Heartbeat | FrontendReport | Goodbye
+CoreToFrontend: TypeAlias = (
+    Welcome | StepOutputs | RequestFailed | Reply | Stats | Spans | Heartbeat | Goodbye
+)
 CoreToWorker: TypeAlias = WorkerWelcome | StepPlan | Call | Heartbeat | Shutdown
-WorkerToCore: TypeAlias = WorkerHello | StepResult | Reply | Heartbeat | WorkerFailed
+WorkerToCore: TypeAlias = WorkerHello | StepResult | Reply | Spans | Heartbeat | WorkerFailed

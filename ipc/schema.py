@@ -17,7 +17,8 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from tercet.ipc import codec, messages
+from tercet.ipc import codec, messages, telemetry
+from tercet.ipc.message_base import Message, Part
 
 INBOXES: Final = {
     "FrontendToCore": messages.FrontendToCore,
@@ -51,7 +52,7 @@ def protocol() -> dict[str, Any]:
 
 def struct_types() -> list[type[msgspec.Struct]]:
     """Every message and part, in the order of their declaration."""
-    return [kind for kind in _declared(msgspec.Struct) if kind not in (messages.Message, messages.Part)]
+    return [kind for kind in _declared(msgspec.Struct) if kind not in (Message, Part)]
 
 
 def _enums() -> list[type[enum.IntEnum]]:
@@ -59,10 +60,10 @@ def _enums() -> list[type[enum.IntEnum]]:
 
 
 def _declared(base: type) -> list[Any]:
-    module = vars(messages).values()
-    return [
-        v for v in module if isinstance(v, type) and issubclass(v, base) and v.__module__ == messages.__name__
-    ]
+    values = [*vars(messages).values(), *vars(telemetry).values()]
+    modules = (messages.__name__, telemetry.__name__)
+    found = [v for v in values if isinstance(v, type) and issubclass(v, base) and v.__module__ in modules]
+    return list(dict.fromkeys(found))
 
 
 def _struct(kind: type[msgspec.Struct]) -> dict[str, Any]:

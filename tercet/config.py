@@ -235,6 +235,7 @@ class EngineArgs:
     max_logprobs: int = 20
     tensor_parallel_size: int = 1
     disable_log_stats: bool = False
+    otlp_traces_endpoint: str | None = None  # URL of an OpenTelemetry collector, for traces of requests
     simulation: SimulationConfig | None = None  # for device='simulated'
     audit: bool = False
 
@@ -296,7 +297,7 @@ class EngineArgs:
     def _check(self) -> None:
         for name in _BOOLS:
             _boolean(name, getattr(self, name))
-        for name in ("model", "tokenizer", "revision"):
+        for name in ("model", "tokenizer", "revision", "otlp_traces_endpoint"):
             _text(name, getattr(self, name))
         _one_of("device", self.device, DEVICES)
         _one_of("dtype", self.dtype, DTYPES)

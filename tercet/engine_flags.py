@@ -63,7 +63,8 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "logging": {
         "disable_log_stats": "leave out the line of statistics that is logged every 10 s of work",
-        "enable_log_requests": "log the arrival and the end of each request",
+        "otlp_traces_endpoint": "URL of an OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request",
+        "enable_log_requests": "log one record for each request when it has ended, as JSON",
     },
 }
 

@@ -17,10 +17,16 @@ from tercet.errors import ConfigError
 LOGGING_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 if TYPE_CHECKING:
+    TERCET_API_KEY: str | None
     TERCET_CACHE_ROOT: Path
     TERCET_LOGGING_LEVEL: str
     TERCET_OPS: str
     TERCET_TORCH_PROFILER_DIR: Path | None
+
+
+def _api_key() -> str | None:
+    """Key that requests to `tercet serve` must bear, where --api-key is not given; empty (default): none."""
+    return os.environ.get("TERCET_API_KEY") or None
 
 
 def _cache_root() -> Path:
@@ -52,11 +58,15 @@ def _torch_profiler_dir() -> Path | None:
 
 
 _READERS: dict[str, Callable[[], Any]] = {
+    "TERCET_API_KEY": _api_key,
     "TERCET_CACHE_ROOT": _cache_root,
     "TERCET_LOGGING_LEVEL": _logging_level,
     "TERCET_OPS": _ops,
     "TERCET_TORCH_PROFILER_DIR": _torch_profiler_dir,
 }
+
+
+_SECRET = frozenset({"TERCET_API_KEY"})
 
 
 def __getattr__(name: str) -> Any:
@@ -74,6 +84,9 @@ def describe() -> dict[str, tuple[str, str]]:
     """Every variable -> (current value as text, what it does); `tercet collect-env` prints it."""
     values = {name: reader() for name, reader in _READERS.items()}
     return {
-        name: ("" if value is None else str(value), _READERS[name].__doc__ or "")
+        name: (
+            "" if value is None else "(set)" if name in _SECRET else str(value),
+            _READERS[name].__doc__ or "",
+        )
         for name, value in values.items()
     }

@@ -49,6 +49,7 @@ class HostSteps:
         if plan.blocks is not None:
             self._batch.set_blocks(plan.blocks)
         inputs = self._builder.build(chunks, plan.max_len)
+        launched_s = time.perf_counter()  # what follows is the device's part, on a GPU
         hidden_TD = self._model.forward(inputs.token_ids_T, inputs.positions_T, self._kv_caches, inputs.meta)
         scores = score_prompts(hidden_TD, inputs.meta.num_decodes) if score_prompts is not None else []
         sampled = self._sample(hidden_TD, inputs) if len(inputs.sample_rows) else None
@@ -61,7 +62,7 @@ class HostSteps:
             frozen=inputs.frozen_S,
             prompt_scores=scores,
             received_s=received_s,
-            launched_s=time.perf_counter(),
+            launched_s=launched_s,
         )
         deliver(read_result(pending))
 

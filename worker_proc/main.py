@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from tercet import log
 from tercet.config import ProcessConfig
+from tercet.gc_pauses import GcPauses
 from tercet.ipc.child import ChildProcess, Failed, Ready
 from tercet.worker_proc.worker import Profiler, Runner, Worker, decode_config
 
@@ -28,9 +29,11 @@ def run_worker(
         logger.exception("cannot start")
         child.report(Failed(f"{type(error).__name__}: {error}"))
         return 1
-    worker = Worker(config, runner, os.getpid(), profiler)
+    pauses = GcPauses()
+    worker = Worker(config, runner, os.getpid(), profiler, pauses)
     gc.collect()
     gc.freeze()  # weights and tables live to the end: later collections need not walk them
+    pauses.install()
     child.report(Ready())
     try:
         worker.run()

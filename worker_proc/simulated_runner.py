@@ -82,8 +82,9 @@ class SimulatedRunner:
         if self.simulation.verify:
             self._verify(rows)
         token, finish = self._sample(rows)
+        launched_s = time.perf_counter()
         self._wait(received_s, num_tokens)
-        deliver(self._result(plan, rows, token, finish))
+        deliver(self._result(plan, rows, token, finish, received_s, launched_s))
 
     def clear(self) -> None:
         self.state[:] = _FREE
@@ -188,7 +189,15 @@ class SimulatedRunner:
         if remaining > 0:
             time.sleep(remaining)
 
-    def _result(self, plan: StepPlan, row: np.ndarray, token: np.ndarray, finish: np.ndarray) -> StepResult:
+    def _result(
+        self,
+        plan: StepPlan,
+        row: np.ndarray,
+        token: np.ndarray,
+        finish: np.ndarray,
+        received_s: float,
+        launched_s: float,
+    ) -> StepResult:
         errors = None
         if self._refused:
             bad = [int(r) for r in row if int(r) in self._refused]
@@ -208,6 +217,8 @@ class SimulatedRunner:
             token=token,
             finish=finish,
             row_errors=errors,
+            host_us=(launched_s - received_s) * 1e6,
+            step_us=(time.perf_counter() - received_s) * 1e6,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from tercet.config import ProcessConfig
+from tercet.gc_pauses import GcPauses
 from tercet.ipc.channel import DealerEnd
 from tercet.ipc.messages import (
     PROTOCOL_VERSION,
@@ -27,6 +28,7 @@ from tercet.ipc.messages import (
     WorkerWelcome,
 )
 from tercet.log import get_logger
+from tercet.worker_proc.tracing import RowTracing
 
 logger = get_logger(__name__)
 
@@ -73,11 +75,17 @@ class Worker:
     """Connects a runner to the core."""
 
     def __init__(
-        self, config: ProcessConfig, runner: Runner, pid: int, profiler: Profiler | None = None
+        self,
+        config: ProcessConfig,
+        runner: Runner,
+        pid: int,
+        profiler: Profiler | None = None,
+        pauses: GcPauses | None = None,
     ) -> None:
         """
         Args:
             profiler: None: this worker has nothing to trace.
+            pauses: for garbage collection, to be told to the core; None: nobody measures them.
         """
         self.config = config
         self.runner = runner
@@ -85,6 +93,8 @@ class Worker:
         self._pid = pid
         self._profiler = profiler
         self._execute: Execute = runner.execute
+        self._tracing = RowTracing(config.engine.scheduler.max_num_seqs, pid)
+        self._pauses = pauses
         # Results may leave from the runner's own thread, and an end belongs to one thread: two ends.
         self._plans: DealerEnd[CoreToWorker] = DealerEnd(config.worker_address, CoreToWorker)
         self._results: DealerEnd[CoreToWorker] = DealerEnd(config.worker_address, CoreToWorker)
@@ -100,14 +110,20 @@ class Worker:
         message = self._plans.recv()
         match message:
             case StepPlan(epoch=epoch) if epoch == self.epoch:
-                self._execute(message, time.perf_counter(), self._deliver)
+                received_s = time.perf_counter()
+                for spans in self._tracing.on_plan(message):
+                    self._plans.send(spans)
+                self._execute(message, received_s, self._deliver)
             case WorkerWelcome(epoch=epoch):
                 self.runner.clear()
+                self._tracing.clear()
                 self.epoch = epoch
             case Call(call_id=call_id):
                 error = self._call(message)
                 self._plans.send(Reply(epoch=self.epoch, call_id=call_id, error=error))
             case Shutdown():
+                for spans in self._tracing.end_all(self.epoch):
+                    self._plans.send(spans)
                 return False
             case Heartbeat() | StepPlan() | None:
                 pass
@@ -152,6 +168,10 @@ class Worker:
         self._results.close()
 
     def _deliver(self, result: StepResult) -> None:
+        if self._pauses is not None and (pauses := self._pauses.take()):
+            result = msgspec.structs.replace(result, gc_us=1e6 * sum(pauses))
+        for spans in self._tracing.on_result(result):
+            self._results.send(spans)  # first: who has read a request's end may leave
         self._results.send(result)
 
 

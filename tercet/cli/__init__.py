@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from tercet.cli import chat, complete, engine, environment, models
+from tercet.cli import bench, chat, complete, engine, environment, models, run_batch, serve
 from tercet.errors import ConfigError, TercetError, ValidationError
 from tercet.utils.argparse_utils import FlexibleArgumentParser
 from tercet.version import __version__
 
-COMMANDS = (chat, complete, engine, models, environment)
+COMMANDS = (serve, chat, complete, engine, bench, run_batch, models, environment)
 
 _FAILED, _BAD_ARGUMENTS, _INTERRUPTED = 1, 2, 130
 

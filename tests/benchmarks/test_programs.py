@@ -58,11 +58,14 @@ def test_a_run_without_time_says_what_it_left_out(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize(("names", "case"), [("W1", "W1"), ("W5", "W5 4")])
 def test_a_run_is_cut_off_at_its_limit(tmp_path: Path, names: str, case: str) -> None:
-    slow = json.dumps({"simulation": {"step_us": 200_000}})
-    limited = ["--time-limit", "3", "--workloads", names, "--shapes", "A", "--engine-args", slow]
+    # The shortest workload has four steps and the engine starts well within the limit, so that the limit comes
+    # in the middle of the warm-up however busy the machine is.
+    limit_s, step_s = 6, 2
+    slow = json.dumps({"simulation": {"step_us": step_s * 1_000_000}})
+    limited = ["--time-limit", str(limit_s), "--workloads", names, "--shapes", "A", "--engine-args", slow]
     started = time.monotonic()
     done = run.main(arguments(tmp_path, *limited, device="simulated"))
-    assert time.monotonic() - started < 3 + 5  # and the engine's end
+    assert time.monotonic() - started < limit_s + 5  # and the engine's end
     assert done.not_run == [f"A {case}: the time limit, in the middle"]
 
 

@@ -186,7 +186,7 @@ class Engine:
             outputs = end_outputs(scheduler, requests, Finish.ABORT)
             for request in requests:
                 self.streams[request.frontend, request.handle].aborted = True
-                scheduler.end(request)
+                scheduler.end(request, Finish.ABORT)
             for frontend, message in outputs:
                 self.deliver(frontend, message)
 

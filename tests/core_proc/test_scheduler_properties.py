@@ -301,7 +301,7 @@ def test_a_frozen_row_published_whole_is_found(monkeypatch: pytest.MonkeyPatch) 
         for row, gen, finish in zip(result.row, result.gen, result.finish, strict=True):
             request = scheduler.rows.requests[row]
             if finish and request is not None and scheduler.rows.gen[row] == gen:
-                scheduler.end(request)
+                scheduler.end(request, Finish.ABORT)
 
     monkeypatch.setattr(results, "_finish_rows", finish_rows)
     with pytest.raises(AssertionError, match="does not hold its tokens"):

@@ -28,6 +28,7 @@ from tercet import (
     StartupError,
 )
 from tercet.config import SimulationConfig
+from tercet.frontend.metrics import Counter, Gauge
 from tercet.frontend.outputs import RequestOutput
 from tercet.frontend.stream import RequestStream
 from tercet.ipc.address import socket_path
@@ -66,7 +67,10 @@ async def end_of(stream: RequestStream) -> RequestOutput:
 
 
 async def gauges(engine: AsyncLLM) -> dict[str, float]:
-    return {m.name.removeprefix("tercet:"): getattr(m, "value") for m in await engine.get_metrics()}  # noqa: B009
+    metrics = [m for m in await engine.get_metrics() if isinstance(m, (Counter, Gauge))]
+    values = {m.name.removeprefix("tercet:"): float(m.value) for m in metrics}
+    reasons = {m.labels["finished_reason"]: m.value for m in metrics if m.name == "tercet:request_success"}
+    return values | {"request_aborted": float(reasons["abort"])}
 
 
 async def idle(engine: AsyncLLM) -> dict[str, float]:

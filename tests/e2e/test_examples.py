@@ -13,6 +13,7 @@ import pytest
 
 from tercet.errors import ModelNotFoundError
 from tercet.model_source import resolve_model
+from tests.e2e.server_tools import serve
 from tests.tercet import cli_tools
 from tests.tercet.cli_tools import ROOT, environment
 
@@ -36,6 +37,13 @@ def address(model: str) -> Iterator[str]:
     limits = ["--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "128M"]
     with cli_tools.engine(model, *limits) as (_, address):
         yield address
+
+
+@pytest.fixture(scope="module")
+def url(address: str) -> Iterator[str]:
+    """Base URL of a server for the examples that are clients of one."""
+    with serve("--connect", address) as server:
+        yield f"{server.url}/v1"
 
 
 def run(name: str, *args: str) -> str:
@@ -147,6 +155,23 @@ def cancel(address: str) -> None:
     assert "unfinished requests: 0\nall memory free again: True" in out
 
 
+# Against a server on the shared engine
+
+
+def openai_chat(url: str) -> None:
+    out = run("openai_chat.py", "--url", url)
+    assert re.search(r"^answer: '.*Paris.*' \((stop|length)\)$", out, re.MULTILINE)
+    pieces, tokens = numbers(r"(\d+) (?:pieces|tokens)", out)
+    assert 4 < pieces <= tokens
+    assert "refused: temperature" in out
+
+
+def openai_many(url: str) -> None:
+    out = run("openai_many.py", "--url", url)
+    assert re.search(r"^France:' Paris", out, re.MULTILINE)
+    assert len(numbers(r"([\d.]+) s", out)) == 2
+
+
 # On a simulated engine
 
 
@@ -167,6 +192,7 @@ def simulated_engine() -> None:
 
 OWN = [offline_generate, offline_chat, parallel_sampling, logprobs, stop_strings, prefix_caching, beam_search]
 SHARED = [async_stream, connect_two_services, cancel]
+SERVED = [openai_chat, openai_many]
 SIMULATED = [priorities, simulated_engine]
 
 
@@ -180,6 +206,11 @@ def test_example_that_attaches(check: Callable[[str], None], address: str) -> No
     check(address)
 
 
+@pytest.mark.parametrize("check", SERVED, ids=lambda check: check.__name__)
+def test_example_of_a_client(check: Callable[[str], None], url: str) -> None:
+    check(url)
+
+
 @pytest.mark.parametrize("check", SIMULATED, ids=lambda check: check.__name__)
 def test_example_without_a_model(check: Callable[[], None]) -> None:
     check()
@@ -187,7 +218,7 @@ def test_example_without_a_model(check: Callable[[], None]) -> None:
 
 def test_every_example_is_run_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {check.__name__ for check in (*OWN, *SHARED, *SIMULATED)}
+    assert names == {check.__name__ for check in (*OWN, *SHARED, *SERVED, *SIMULATED)}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

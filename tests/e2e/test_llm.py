@@ -25,6 +25,7 @@ from tercet import (
     ValidationError,
 )
 from tercet.config import SimulationConfig
+from tercet.frontend.metrics import Gauge
 from tests.frontend.text_engine import make_bundle, make_tokenizer
 
 
@@ -46,7 +47,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 
 
 def running(llm: LLM) -> float:
-    return {m.name: getattr(m, "value") for m in llm.get_metrics()}["tercet:num_requests_running"]  # noqa: B009
+    (gauge,) = [m for m in llm.get_metrics() if m.name == "tercet:num_requests_running"]
+    assert isinstance(gauge, Gauge)
+    return gauge.value
 
 
 def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:

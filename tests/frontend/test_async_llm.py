@@ -31,7 +31,7 @@ from tercet.ipc.messages import (
     AddRequest,
     Call,
     Finish,
-    GetStats,
+    GetMetrics,
     Goodbye,
     PauseGeneration,
     PauseMode,
@@ -40,6 +40,7 @@ from tercet.ipc.messages import (
     ResumeGeneration,
     Stats,
 )
+from tercet.ipc.telemetry import Metrics
 from tests.frontend.fake_core import EPOCH, FakeCore, step_outputs
 from tests.frontend.text_engine import ids_of, make_bundle, make_tokenizer
 
@@ -326,8 +327,9 @@ def test_calls(run: Run, caplog: pytest.LogCaptureFixture) -> None:
             assert type(body) is ResumeGeneration
             assert not await engine.is_paused()
             first = stats(time_s=10.0, num_running=3, generation_tokens=100)
-            body, metrics = await answered(engine.get_metrics(), stats=first)
-            assert type(body) is GetStats
+            told = Metrics(series=[], frontends=[], queues={})
+            body, metrics = await answered(engine.get_metrics(), stats=first, metrics=told)
+            assert type(body) is GetMetrics
             assert {m.name: m.value for m in metrics}["tercet:num_requests_running"] == 3
             await answered(engine.do_log_stats(), stats=first)
             second = stats(time_s=12.0, generation_tokens=500)

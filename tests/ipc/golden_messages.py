@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from tercet.ipc import messages as m
+from tercet.ipc import telemetry as t
 from tercet.ipc.codec import Buffer, Encoder
 
 FOLDER: Final = Path(__file__).parent / "golden"
@@ -30,6 +31,14 @@ def i32(*values: int) -> np.ndarray:
 
 def u64(*values: int) -> np.ndarray:
     return np.array(values, np.uint64)
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def f64(*values: float) -> np.ndarray:
+    return np.array(values, np.float64)
 
 
 def f32(*values: float) -> np.ndarray:
@@ -98,6 +107,50 @@ STATS = m.Stats(
     dropped_messages=13,
     num_refused=14,
 )
+SERIES = t.Series(
+    name="time_to_first_token_seconds",
+    bounds=f64(0.5, 1.0),
+    counts=i64(3, 2, 1),
+    total=4.5,
+    labels={"process": "frontend"},
+)
+STEP_TIMES = t.StepTimes(
+    step=i64(7, 8),
+    time_s=f64(1763899200.5, 1763899200.75),
+    schedule_us=f32(1.0, 2.0),
+    launch_us=f32(3.0, 4.0),
+    wait_us=f32(5.0, 6.0),
+    output_us=f32(7.0, 8.0),
+    num_tokens=i32(9, 10),
+    num_decodes=i32(1, 2),
+)
+METRICS = t.Metrics(
+    series=[SERIES],
+    frontends=[
+        t.FrontendLoad(
+            slot=1,
+            name="api",
+            num_running=2,
+            num_waiting=3,
+            num_requests=4,
+            num_preparing=5,
+            num_unread=6,
+            serves_http=True,
+            backlog=7,
+        )
+    ],
+    queues={"core_waiting": 3},
+    steps=STEP_TIMES,
+)
+SPAN = t.Span(
+    name="decode",
+    trace_id="4bf92f3577b34da6a3ce929d0e0e4736",
+    span_id="00f067aa0ba902b7",
+    parent_id="00f067aa0ba902b8",
+    start_s=1763899200.5,
+    end_s=1763899201.5,
+    attributes={"tokens": 3, "kind": "x", "share": 0.5},
+)
 ADMISSION = m.Admission(
     row=1,
     gen=2,
@@ -112,6 +165,8 @@ ADMISSION = m.Admission(
     adapter="a",
     multimodal=[RANGE],
     grammar=GRAMMAR,
+    trace="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b8-01",
+    frontend=3,
 )
 
 EXAMPLES: Final[dict[str, msgspec.Struct]] = {
@@ -145,10 +200,15 @@ EXAMPLES: Final[dict[str, msgspec.Struct]] = {
     ),
     "Call.ResumeGeneration": m.Call(epoch=11, call_id=3, body=m.ResumeGeneration()),
     "Call.GetStats": m.Call(epoch=11, call_id=4, body=m.GetStats()),
+    "Call.GetMetrics": m.Call(epoch=11, call_id=8, body=m.GetMetrics(steps_after=6)),
     "Call.CheckInvariants": m.Call(epoch=11, call_id=5, body=m.CheckInvariants()),
     "Call.StartProfile": m.Call(epoch=11, call_id=6, body=m.StartProfile(prefix="decode-32")),
     "Call.StopProfile": m.Call(epoch=11, call_id=7, body=m.StopProfile()),
     "Heartbeat": m.Heartbeat(epoch=11, step=8, step_age_s=0.5),
+    "FrontendReport": t.FrontendReport(
+        epoch=11, num_requests=4, num_preparing=5, num_unread=6, serves_http=True, series=[SERIES]
+    ),
+    "Spans": t.Spans(epoch=11, process="worker", pid=14, spans=[SPAN], frontend=3),
     "Goodbye": m.Goodbye(epoch=11, reason="bye"),
     "Welcome": m.Welcome(
         epoch=2**53 - 1,
@@ -195,7 +255,7 @@ EXAMPLES: Final[dict[str, msgspec.Struct]] = {
     ),
     "RequestFailed": m.RequestFailed(epoch=11, handle=7, code="invalid", message="top_p: must be in (0, 1]"),
     "Stats": STATS,
-    "Reply": m.Reply(epoch=11, call_id=4, error="why", value=False, stats=STATS),
+    "Reply": m.Reply(epoch=11, call_id=4, error="why", value=False, stats=STATS, metrics=METRICS),
     "WorkerHello": m.WorkerHello(
         protocol_version=1,
         rank=0,
@@ -240,6 +300,7 @@ EXAMPLES: Final[dict[str, msgspec.Struct]] = {
         encoder_done=i32(2),
         host_us=150.5,
         step_us=2000.25,
+        gc_us=12.5,
     ),
     "WorkerFailed": m.WorkerFailed(epoch=11, rank=0, message="out of memory"),
     "Shutdown": m.Shutdown(epoch=11),

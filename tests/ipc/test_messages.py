@@ -13,6 +13,7 @@ import pytest
 from tercet.ipc import messages, schema
 from tercet.ipc.codec import Decoder, Encoder
 from tercet.ipc.errors import WireError
+from tercet.ipc.message_base import Message
 from tests.ipc.compare import same
 from tests.ipc.golden_messages import EXAMPLES, FOLDER, encode, inboxes_of, pack, read
 
@@ -45,7 +46,7 @@ def test_every_message_of_every_inbox_has_a_golden_frame() -> None:
 
 
 def test_every_declared_message_is_in_an_inbox() -> None:
-    declared = {kind for kind in schema.struct_types() if issubclass(kind, messages.Message)}
+    declared = {kind for kind in schema.struct_types() if issubclass(kind, Message)}
     assert declared == {kind for inbox in schema.INBOXES.values() for kind in inbox.__args__}
 
 
@@ -130,7 +131,7 @@ def test_messages_for_another_inbox_are_refused(name: str) -> None:
 
 def test_docstrings_name_sender_and_receiver() -> None:
     for kind in schema.struct_types():
-        if issubclass(kind, messages.Message):
+        if issubclass(kind, Message):
             assert re.match(
                 r"[\w ()]+ -> [\w ()]+|Any -> any|Either end", inspect.cleandoc(kind.__doc__ or "")
             ), kind

@@ -67,13 +67,22 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
+def flags_below(parser: argparse.ArgumentParser) -> set[str]:
+    """Flags of a command and of commands within it."""
+    return flags_of(parser).union(*map(flags_below, commands_of(parser).values()))
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {name: command for action in found for name, command in action.choices.items()}
+
+
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
-    (commands,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    return dict(commands.choices)
+    return commands_of(make_parser())
 
 
 def test_every_flag_in_the_docs_exists() -> None:
-    known = set.union(*map(flags_of, command_parsers().values())) | flags_of(make_parser())
+    known = flags_below(make_parser())
     known |= {"--merge"}  # of another program
     for page in [*PAGES, ROOT / "README.md"]:
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text()):

@@ -1,0 +1,1 @@
+"""Routes by subject. Every module here has `routes(context) -> list[Route]`, which `app.py` mounts."""
