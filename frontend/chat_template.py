@@ -35,6 +35,7 @@ from tercet.frontend.validation import shown
 
 MAX_RENDERED_CHARS = 32 << 20
 MAX_RENDER_S = 10.0
+_MAX_TIME_FORM_CHARS = 1000
 
 # What the renderer itself gives to a template, or takes from its caller.
 RENDERER_ARGUMENTS = frozenset(
@@ -79,6 +80,8 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > _MAX_TIME_FORM_CHARS:
+        raise TemplateLimitError("the chat template gives too long a form to strftime_now")
     return datetime.now().strftime(form)
 
 
@@ -203,7 +206,7 @@ def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
     except TemplateLimitError as error:
         raise ChatTemplateError("messages", str(error)) from None
     except _Refusal as refusal:
-        raise ChatTemplateError("messages", f"refused by the chat template: {refusal.message}") from None
+        raise ChatTemplateError("messages", f"refused by the chat template: {refusal.message!s:.2000}") from None
     except Exception as error:  # whatever a template does wrong is an error of this request
         raise _failure(error, variables["messages"]) from None
     return "".join(pieces)
@@ -215,7 +218,7 @@ def _failure(error: Exception, chat: Sequence[Mapping[str, Any]]) -> ChatTemplat
         if message.get("content") is None:
             problem = 'this model\'s chat template cannot do without it; give text, "" where there is none'
             return ChatTemplateError(f"messages[{index}].content", f"{problem} ({error})")
-    return ChatTemplateError("messages", f"the chat template failed: {type(error).__name__}: {error}")
+    return ChatTemplateError("messages", f"the chat template failed: {type(error).__name__}: {error!s:.2000}")
 
 
 def _checked_kwargs(kwargs: Mapping[str, Any], special_tokens: Mapping[str, object]) -> dict[str, Any]:

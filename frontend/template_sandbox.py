@@ -256,29 +256,29 @@ _GUARDS: Final[Mapping[str, Callable[..., Any]]] = {
 class _Guards(NodeTransformer):
     """Puts guards around what Jinja compiles to plain Python."""
 
-    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
+    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         node.iter = _guarded(" counted", node.iter)
         return node
 
-    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _guarded(" concat", jinja2.nodes.List(node.nodes, lineno=node.lineno))
 
-    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         if isinstance(node.arg, jinja2.nodes.Slice) and node.ctx == "load":
             return _guarded(" sliced", node)
         return node
 
-    def visit_Dict(self, node: jinja2.nodes.Dict) -> jinja2.nodes.Node:
+    def visit_Dict(self, node: jinja2.nodes.Dict) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         for pair in node.items:
             if not isinstance(pair.key, jinja2.nodes.Const):
                 pair.key = _guarded(" walked", pair.key)
         return node
 
-    def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:
+    def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:  # noqa: N802
         """Comparing with a constant is short, but for looking for one in something long."""
         self.generic_visit(node)
         sides = [node.expr, *(operand.expr for operand in node.ops)]

@@ -8,7 +8,7 @@ from typing import Any
 from tercet.config import EngineArgs
 from tercet.engine_flags import add_flags
 
-_PREFIX = "engine_"
+PREFIX = "engine_"
 
 NOT_FLAGS = {
     "model": "an argument of its own in every command",
@@ -22,7 +22,7 @@ NOT_FLAGS = {
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add every engine flag, in groups."""
     # A prefix, for a command may have an argument of the same name; no defaults, to know what was given.
-    add_flags(parser, EngineArgs, leave_out=NOT_FLAGS, prefix=_PREFIX, with_defaults=False)
+    add_flags(parser, EngineArgs, leave_out=NOT_FLAGS, prefix=PREFIX, with_defaults=False)
 
 
 def add_session_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,4 +46,4 @@ def engine_args(model: str | None, args: argparse.Namespace) -> EngineArgs:
 
 def given_engine_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Field -> value of the engine flags that were given."""
-    return {key.removeprefix(_PREFIX): value for key, value in vars(args).items() if key.startswith(_PREFIX)}
+    return {key.removeprefix(PREFIX): value for key, value in vars(args).items() if key.startswith(PREFIX)}

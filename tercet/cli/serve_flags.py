@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from tercet.cli.engine_flags import _PREFIX
+from tercet.cli.engine_flags import PREFIX
 from tercet.config import AsyncEngineArgs
 from tercet.engine_flags import add_flags, parse_count
 
@@ -148,7 +148,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
                 options |= {"type": _json_list, "metavar": "JSON"}
             action = group.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
             action.help = given["help"]  # without what BooleanOptionalAction adds of a default
-    add_flags(parser, AsyncEngineArgs, leave_out=NOT_FLAGS, prefix=_PREFIX, with_defaults=False)
+    add_flags(parser, AsyncEngineArgs, leave_out=NOT_FLAGS, prefix=PREFIX, with_defaults=False)
 
 
 def engine_flag(field: str) -> str:
