@@ -32,7 +32,11 @@ logger = log.get_logger(__name__)
 
 
 class StartError(Exception):
-    """The core cannot start; starting again would not help."""
+    """The core cannot start; starting again would not help. `field` is the engine argument that is the cause."""
+
+    def __init__(self, problem: str, field: str = "") -> None:
+        super().__init__(problem)
+        self.field = field
 
 
 def main(child: ChildProcess) -> int:
@@ -41,7 +45,10 @@ def main(child: ChildProcess) -> int:
     config = msgspec.msgpack.decode(child.config, type=ProcessConfig)
     try:
         return _serve(config, child, _stop_fd())
-    except (StartError, ConfigError, WorkerDiedError, ResultError) as error:
+    except StartError as error:  # told by whoever started us
+        child.report(Failed(str(error), error.field))
+        return 1
+    except (ConfigError, WorkerDiedError, ResultError) as error:
         logger.error("%s", error)
         child.report(Failed(str(error)))
         return 1
@@ -129,7 +136,10 @@ def _check_hello(config: ProcessConfig, hello: WorkerHello) -> None:
     needed = config.engine.model.max_model_len
     if tokens < needed:
         fix = f"give more kv_cache_memory_bytes, or set max_model_len to at most {max(tokens, 0)}"
-        raise StartError(f"the KV cache holds {max(tokens, 0)} tokens, a request may need {needed}: {fix}")
+        field = "kv_cache_memory_bytes"
+        raise StartError(
+            f"the KV cache holds {max(tokens, 0)} tokens, a request may need {needed}: {fix}", field
+        )
 
 
 def _make_scheduler(config: ProcessConfig, hello: WorkerHello) -> Scheduler:

@@ -43,7 +43,7 @@ from tercet.frontend.sampling_params import SamplingParams
 from tercet.frontend.stream import RequestStream
 from tercet.frontend.tokenizer import Tokenizer
 from tercet.frontend.tracing import RequestTracer, make_tracer
-from tercet.frontend.validation import check_profile_prefix, check_str
+from tercet.frontend.validation import check_profile_prefix, check_request_ids, check_str
 from tercet.ipc.messages import (
     Limits,
     ModelInfo,
@@ -395,9 +395,14 @@ class AsyncLLM:
         return await future
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests: their streams give what they have, with finish_reason 'abort'. Unknown ids pass."""
+        """End requests: their streams give what they have, with finish_reason 'abort'. Unknown ids pass.
+
+        Raises:
+            ValidationError: it is neither a request id nor several.
+        """
+        ids = check_request_ids("request_id", request_id)
         await self.start()
-        for one in [request_id] if isinstance(request_id, str) else request_id:
+        for one in ids:
             if (request := self._client.outputs.requests.get(one)) is not None:
                 self._client.outputs.abort(request)
 

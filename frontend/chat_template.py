@@ -24,13 +24,8 @@ import jinja2.parser
 
 from tercet.errors import ConfigError, ValidationError
 from tercet.frontend.chat_messages import ContentForm, Message, normalize_messages, plain_data
-from tercet.frontend.template_sandbox import (
-    MAX_SOURCE_CHARS,
-    BoundedSandbox,
-    Budget,
-    TemplateLimitError,
-    within,
-)
+from tercet.frontend.template_budget import Budget, TemplateLimitError, within
+from tercet.frontend.template_sandbox import MAX_SOURCE_CHARS, BoundedSandbox
 from tercet.frontend.validation import shown
 
 MAX_RENDERED_CHARS = 32 << 20
@@ -206,7 +201,9 @@ def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
     except TemplateLimitError as error:
         raise ChatTemplateError("messages", str(error)) from None
     except _Refusal as refusal:
-        raise ChatTemplateError("messages", f"refused by the chat template: {refusal.message!s:.2000}") from None
+        raise ChatTemplateError(
+            "messages", f"refused by the chat template: {refusal.message!s:.2000}"
+        ) from None
     except Exception as error:  # whatever a template does wrong is an error of this request
         raise _failure(error, variables["messages"]) from None
     return "".join(pieces)

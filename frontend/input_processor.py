@@ -224,10 +224,24 @@ class InputProcessor:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             if ids := getattr(params, name):
                 v.check_token_ids(name, ids, vocab_size)
+        self._check_can_go_on(params)
         if self.tokenizer is None:
             for name in ("stop", "bad_words"):
                 if getattr(params, name):
                     raise ValidationError(name, "needs a tokenizer, and this engine has none")
+
+    def _check_can_go_on(self, params: SamplingParams) -> None:
+        """Until min_tokens are there no token that ends the output may come: another one must be allowed."""
+        if not params.min_tokens or not params.allowed_token_ids:
+            return
+        ending = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            ending.update(self.model.eos_token_ids)
+        if ending.issuperset(params.allowed_token_ids):
+            problem = f"holds only tokens that end the output, which min_tokens={params.min_tokens} rules out"
+            raise ValidationError(
+                "allowed_token_ids", f"{problem}; allow another token, or set min_tokens to 0"
+            )
 
     def _sampling(self, params: SamplingParams, max_tokens: int) -> Sampling:
         bias = params.logit_bias or {}

@@ -7,6 +7,7 @@ installed and nothing of the host process is changed.
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable
 
 import msgspec
@@ -56,6 +57,8 @@ class EngineProcesses:
         self._directory = RuntimeDir()
         self.address = address or self._directory.address("core")
         self._supervisor: Supervisor | None = None
+        self._stopped = False
+        self._lock = threading.Lock()  # of the two above
         self._started = False  # so that the address is ours to clean up
 
     @property
@@ -72,7 +75,7 @@ class EngineProcesses:
         """Start both and wait until the engine takes requests.
 
         Raises:
-            StartupError: it cannot start; nothing is left running.
+            StartupError: it cannot start, or `stop` was called; nothing is left running.
         """
         if self._config.model.kind != "simulated" and not self._config.frontend.files:
             self._tell("preparing tokenizer files")
@@ -81,23 +84,33 @@ class EngineProcesses:
             engine = msgspec.structs.replace(
                 self._config, frontend=msgspec.structs.replace(self._config.frontend, files=files)
             )
-            self._supervisor = Supervisor(
+            supervisor = Supervisor(
                 self._specs(engine), on_progress=self._on_progress, on_death=self._on_death
             )
-            self._supervisor.start()
+            with self._lock:
+                self._supervisor = supervisor
+                if self._stopped:
+                    supervisor.stop()
+            supervisor.start()
             self._started = True
         except CannotStartError as error:
             self._directory.close()
-            raise StartupError(str(error)) from None
+            raise StartupError(str(error), error.field) from None
         except BaseException:
             self._directory.close()
             raise
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the engine: requests in flight are aborted, their frontends told. Idempotent."""
+        """End the engine: requests in flight are aborted, their frontends told. Idempotent.
+
+        A `start` in another thread ends early, whatever it has come to.
+        """
         self.on_death = None
-        if self._supervisor is not None:
-            self._supervisor.stop(timeout_s)
+        with self._lock:
+            self._stopped = True
+            supervisor = self._supervisor
+        if supervisor is not None:
+            supervisor.stop(timeout_s)
         if self._started:
             self._started = False
             remove_dead_socket(self.address)  # left by a core that was killed

@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import functools
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from types import BuiltinMethodType, GeneratorType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import jinja2
 import jinja2.nodes
@@ -32,9 +29,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from tercet.frontend.template_budget import CONTAINERS, TemplateLimitError, current_budget
+
 MAX_SOURCE_CHARS: Final = 1 << 18
 """Of a template; those of models have up to 30,000."""
-_WORK_PER_CHAR: Final = 16  # of the longest text: what may be made in all, in units of a character
 _ITEM: Final = 64  # units of a list's item
 _CALL: Final = 512  # units of a call: what it makes may be an object of Python's
 _MAX_WIDTH: Final = 10_000  # of padding, indents, batches, digits
@@ -49,84 +47,12 @@ _DROPPED_METHODS: Final = frozenset(
 )
 # They look at items, not into them.
 _SHALLOW_FILTERS: Final = frozenset(
-    {"attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject",
+    {"batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject",
      "rejectattr", "reverse", "select", "selectattr", "slice"}
 )  # fmt: skip
-_CONTAINERS: Final = (list, tuple, dict, set, frozenset, type({}.items()), type({}.keys()), type({}.values()))
 _LINE_ENDS: Final = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?")
 _DIGITS = re.compile(r"\d+")
-
-
-class TemplateLimitError(Exception):
-    """A template makes too much, or takes too long."""
-
-
-class Budget:
-    """What one rendering may use.
-
-    Args:
-        max_chars: of one text; sixteen times as much may be made in all.
-        max_s: seconds from now.
-    """
-
-    __slots__ = ("_deadline", "_left", "_max_s", "max_chars")
-
-    def __init__(self, max_chars: int, max_s: float) -> None:
-        self.max_chars = max_chars
-        self._max_s = max_s
-        self._left = max(max_chars, 1 << 20) * _WORK_PER_CHAR
-        self._deadline = time.monotonic() + max_s
-
-    def charge(self, units: int) -> None:
-        """Before the work is done. Raises TemplateLimitError."""
-        self._left -= units
-        if self._left < 0:
-            raise TemplateLimitError("the chat template makes too much")
-        if time.monotonic() > self._deadline:
-            raise TemplateLimitError(f"rendering the chat took longer than {self._max_s:g} s")
-
-    def text(self, num_chars: int) -> None:
-        """As `charge`, for a text that is to be made."""
-        if num_chars > self.max_chars:
-            raise TemplateLimitError(f"the chat is over {self.max_chars} characters long")
-        self.charge(num_chars)
-
-    def walk(self, value: Any) -> int:
-        """Characters in a value as text, about; charged. Shared parts count each time, as they are walked."""
-        if isinstance(value, str):
-            return len(value)
-        if not isinstance(value, _CONTAINERS):
-            return 16
-        total, stack = 0, [value]
-        while stack:
-            one = stack.pop()
-            total += 16
-            if isinstance(one, str):
-                total += len(one)
-            elif isinstance(one, _CONTAINERS):
-                total += 16 * len(one)
-                if total <= self.max_chars:
-                    stack.extend(one)
-                    if isinstance(one, dict):
-                        stack.extend(one.values())
-            if total > self.max_chars:
-                raise TemplateLimitError("the chat template makes too large a value")
-        self.charge(total)
-        return total
-
-
-_budget: ContextVar[Budget] = ContextVar("_budget")
-
-
-@contextmanager
-def within(budget: Budget) -> Iterator[None]:
-    """Templates that are compiled or rendered inside have this budget."""
-    token = _budget.set(budget)
-    try:
-        yield
-    finally:
-        _budget.reset(token)
 
 
 # Operators
@@ -139,9 +65,9 @@ def _check_int(value: Any) -> None:
 
 def _add(left: Any, right: Any) -> Any:
     if isinstance(left, str) and isinstance(right, str):
-        _budget.get().text(len(left) + len(right))
+        current_budget().text(len(left) + len(right))
     elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-        _budget.get().charge(_ITEM * (len(left) + len(right)))
+        current_budget().charge(_ITEM * (len(left) + len(right)))
     else:
         _check_int(left)
         _check_int(right)
@@ -152,7 +78,7 @@ def _multiply(left: Any, right: Any) -> Any:
     for one, times in ((left, right), (right, left)):
         if isinstance(one, (str, list, tuple)) and isinstance(times, int):
             count = len(one) * max(times, 0)
-            _budget.get().text(count if isinstance(one, str) else _ITEM * count)
+            current_budget().text(count if isinstance(one, str) else _ITEM * count)
         _check_int(one)
     return left * right
 
@@ -178,7 +104,7 @@ def _modulo(left: Any, right: Any) -> Any:
 
 
 def _format_percent(form: str, values: Any) -> str:
-    budget = _budget.get()
+    budget = current_budget()
     widths = [number for match in _PERCENT.finditer(form) for number in match.groups() if number]
     for number in widths:
         if number == "*" or len(number) > 5 or int(number) > _MAX_WIDTH:
@@ -187,7 +113,7 @@ def _format_percent(form: str, values: Any) -> str:
     if isinstance(values, Mapping):  # each place may name the same value
         size *= form.count("%")
     budget.text(len(form) + size + sum(map(int, widths)))
-    return form % values
+    return str(form % values)
 
 
 # What the syntax tree is guarded with: filters that a template's source cannot name
@@ -195,7 +121,7 @@ def _format_percent(form: str, values: Any) -> str:
 
 def _counted(items: Iterable[Any]) -> Iterator[Any]:
     """The items of a loop."""
-    budget = _budget.get()
+    budget = current_budget()
     for item in items:
         budget.charge(_ITEM)
         yield item
@@ -204,7 +130,7 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
 @jinja2.pass_eval_context
 def _concat(eval_ctx: jinja2.nodes.EvalContext, items: list[Any]) -> str:
     """`a ~ b`."""
-    budget = _budget.get()
+    budget = current_budget()
     if eval_ctx.autoescape:
         budget.charge(8 * sum(map(budget.walk, items)))
         return jinja2.runtime.markup_join(items)
@@ -216,16 +142,16 @@ def _concat(eval_ctx: jinja2.nodes.EvalContext, items: list[Any]) -> str:
 def _sliced(value: Any) -> Any:
     """A slice, once it is there: it is no larger than what it was taken from."""
     if isinstance(value, (list, tuple)):
-        _budget.get().charge(_ITEM * len(value))
+        current_budget().charge(_ITEM * len(value))
     elif isinstance(value, str):
-        _budget.get().charge(len(value))
+        current_budget().charge(len(value))
     return value
 
 
 def _walked(value: Any) -> Any:
     """What is compared or hashed."""
-    budget = _budget.get()
-    if isinstance(value, _CONTAINERS):
+    budget = current_budget()
+    if isinstance(value, CONTAINERS):
         budget.walk(value)
     else:
         budget.charge(len(value) // 8 if isinstance(value, str) else 1)
@@ -236,8 +162,8 @@ def _text(value: Any) -> str:
     """What is printed, as `str` makes it."""
     if isinstance(value, str):
         return value
-    budget = _budget.get()
-    if isinstance(value, _CONTAINERS):
+    budget = current_budget()
+    if isinstance(value, CONTAINERS):
         budget.walk(value)
         text = str(value)
         budget.text(len(text))
@@ -258,14 +184,14 @@ class _Guards(NodeTransformer):
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        node.iter = _guarded(" counted", node.iter)
+        node.iter = _guarded(" counted", cast("jinja2.nodes.Expr", node.iter))
         return node
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _guarded(" concat", jinja2.nodes.List(node.nodes, lineno=node.lineno))
 
-    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:  # noqa: N802
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Expr:  # noqa: N802
         self.generic_visit(node)
         if isinstance(node.arg, jinja2.nodes.Slice) and node.ctx == "load":
             return _guarded(" sliced", node)
@@ -318,33 +244,33 @@ def _check_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     if isinstance(text, str):
         indent = len(width) if isinstance(width, str) else int(width)
         lines = _num_lines(text)
-        _budget.get().text(len(text) + lines * max(indent, 0))
-        _budget.get().charge(lines * _ITEM)
+        current_budget().text(len(text) + lines * max(indent, 0))
+        current_budget().charge(lines * _ITEM)
 
 
 def _check_replace(text: Any, old: Any = "", new: Any = "", *_: Any, **__: Any) -> None:
     text, old, new = _text(text), _text(old), _text(new)
     count = text.count(old)
-    _budget.get().text(len(text) + count * max(len(new) - len(old), 0))
+    current_budget().text(len(text) + count * max(len(new) - len(old), 0))
 
 
 def _check_join(items: Any, separator: Any = "", attribute: Any = None) -> None:
     count = len(items) if hasattr(items, "__len__") else 0
-    _budget.get().text(_budget.get().walk(items) + len(_text(separator)) * count)
+    current_budget().text(current_budget().walk(items) + len(_text(separator)) * count)
 
 
 def _check_split(text: str, separator: str | None = None, maxsplit: int = -1) -> None:
     pieces = len(text) // 2 + 1 if separator is None else text.count(separator) + 1
-    _budget.get().charge(_ITEM * (min(pieces, maxsplit + 1) if maxsplit >= 0 else pieces))
+    current_budget().charge(_ITEM * (min(pieces, maxsplit + 1) if maxsplit >= 0 else pieces))
 
 
 def _check_splitlines(text: str, *_: Any, **__: Any) -> None:
-    _budget.get().charge(_ITEM * _num_lines(text))
+    current_budget().charge(_ITEM * _num_lines(text))
 
 
 def _check_list(value: Any) -> None:
     if hasattr(value, "__len__"):
-        _budget.get().charge(_ITEM * len(value))
+        current_budget().charge(_ITEM * len(value))
 
 
 def _check_batch(items: Any, count: Any, *_: Any, **__: Any) -> None:
@@ -366,6 +292,12 @@ def _check_json(value: Any, ensure_ascii: bool = False, indent: Any = None, sepa
         raise TemplateLimitError(f"the chat template indents JSON by {longest:.3g}; at most 64 may be")
 
 
+def _check_words(text: Any) -> None:
+    """Of what cuts a text into pieces, short ones at worst."""
+    if isinstance(text, str):
+        current_budget().charge(_ITEM * len(text) // 2)
+
+
 _FILTER_CHECKS: Final[Mapping[str, Callable[..., None]]] = {
     "batch": _check_batch,
     "center": _check_pad,
@@ -375,7 +307,9 @@ _FILTER_CHECKS: Final[Mapping[str, Callable[..., None]]] = {
     "replace": _check_replace,
     "round": _check_round,
     "slice": _check_batch,
+    "title": _check_words,
     "tojson": _check_json,
+    "wordcount": _check_words,
 }
 _METHOD_CHECKS: Final[Mapping[str, Callable[..., None]]] = {
     "center": _check_pad,
@@ -393,9 +327,9 @@ _METHOD_CHECKS: Final[Mapping[str, Callable[..., None]]] = {
 def _result(value: Any) -> Any:
     """What a filter or call gave: long texts and lists are charged, generators are counted as they run."""
     if isinstance(value, str):
-        _budget.get().text(len(value))
+        current_budget().text(len(value))
     elif isinstance(value, (list, tuple)):
-        _budget.get().charge(_ITEM * len(value))
+        current_budget().charge(_ITEM * len(value))
     elif isinstance(value, GeneratorType):
         return _counted(value)
     else:
@@ -410,15 +344,15 @@ def _guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        budget = _budget.get()
+        budget = current_budget()
         budget.charge(_ITEM)
         given = args[skip:]
-        if deep:
-            if given and isinstance(given[0], GeneratorType):
-                given = (list(given[0]), *given[1:])
-                args = (*args[:skip], *given)
-            for value in (*given, *kwargs.values()):
-                if isinstance(value, _CONTAINERS):
+        if deep and given and isinstance(given[0], GeneratorType):
+            given = (list(given[0]), *given[1:])
+            args = (*args[:skip], *given)
+        if deep or len(given) > 1 or kwargs:
+            for value in (*given[0 if deep else 1 :], *kwargs.values()):
+                if isinstance(value, CONTAINERS):
                     budget.walk(value)
         if check is not None:
             check(*given, **kwargs)
@@ -472,9 +406,9 @@ class _Formatter(SandboxedFormatter):
                 f"the chat template pads to {format_spec:.20}; at most {_MAX_WIDTH} may be"
             )
         text: str = super().format_field(
-            _text(value) if isinstance(value, _CONTAINERS) else value, format_spec
+            _text(value) if isinstance(value, CONTAINERS) else value, format_spec
         )
-        _budget.get().text(len(text))
+        current_budget().text(len(text))
         return text
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
@@ -501,7 +435,9 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         for name in _DROPPED_FILTERS:
             del self.filters[name]
         self.filters |= {"format": _format_filter, "sum": _sum}
-        self.tests = {name: _guard_test(test) for name, test in self.tests.items()}
+        self.tests = {
+            name: _guard_test(cast("Callable[..., Any]", test)) for name, test in self.tests.items()
+        }
         self.guard_filters()
 
     def guard_filters(self, **more: Callable[..., Any]) -> None:
@@ -517,7 +453,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
         """Of a macro's or a block's output."""
-        budget, num_chars, kept = _budget.get(), 0, []
+        budget, num_chars, kept = current_budget(), 0, []
         for piece in pieces:
             num_chars += len(piece)
             if num_chars > budget.max_chars:
@@ -528,7 +464,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and type(left) is str and type(right) is str:  # nearly all there are
-            _budget.get().text(len(left) + len(right))
+            current_budget().text(len(left) + len(right))
             return left + right
         return self.binop_table[operator](left, right)
 
@@ -538,19 +474,19 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        _budget.get().charge(_ITEM)
+        current_budget().charge(_ITEM)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        budget = _budget.get()
+        budget = current_budget()
         budget.charge(_ITEM)
-        if isinstance(argument, tuple):
+        if isinstance(argument, CONTAINERS):  # it may be hashed, or named in an error
             budget.walk(argument)
         return super().getitem(obj, argument)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        budget = _budget.get()
-        budget.charge(_CALL)
+        budget = current_budget()
+        budget.charge(_CALL + _ITEM * len(args))
         if not isinstance(obj, (Macro, LoopContext, type)):
             args = _checked_call(obj, args, kwargs)
         return _result(super().call(context, obj, *args, **kwargs))
@@ -572,10 +508,10 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
 def _checked_call(obj: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The arguments of a method or function, a generator among them as a list."""
-    budget = _budget.get()
+    budget = current_budget()
     args = tuple(list(value) if isinstance(value, GeneratorType) else value for value in args)
     for value in (*args, *kwargs.values()):
-        if isinstance(value, _CONTAINERS):
+        if isinstance(value, CONTAINERS):
             budget.walk(value)
     owner = getattr(obj, "__self__", None)
     if isinstance(owner, str):

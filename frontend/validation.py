@@ -80,6 +80,16 @@ def check_str(field: str, value: Any, max_chars: int = MAX_ID_CHARS) -> str:
     return value
 
 
+def check_request_ids(field: str, value: Any) -> list[str]:
+    """One id or several, as a list."""
+    if isinstance(value, str):
+        return [value]
+    ids = list(value) if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)) else None
+    if ids is None or not all(isinstance(one, str) for one in ids):
+        raise ValidationError(field, f"must be a request id or a list of them; got {shown(value)}")
+    return ids
+
+
 def check_unicode(field: str, value: str) -> None:
     """Refuse lone surrogates: they have no UTF-8 form, so neither tokenizer nor wire can take them."""
     try:

@@ -36,9 +36,13 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """child -> parent: cannot start, or is about to die; the process exits after it."""
+    """child -> parent: cannot start, or is about to die; the process exits after it.
+
+    `field` is the engine argument whose value is the cause, where one is.
+    """
 
     problem: str
+    field: str = ""
 
 
 Report = Progress | Ready | Failed

@@ -49,7 +49,14 @@ class ProcessError(IpcError):
 
 
 class CannotStartError(ProcessError):
-    """The child ended, or gave no sign of life, before it was ready: starting it again would not help."""
+    """The child ended, or gave no sign of life, before it was ready: starting it again would not help.
+
+    `field` is the engine argument that it named as the cause, "" where it named none.
+    """
+
+    def __init__(self, name: str, problem: str, field: str = "") -> None:
+        super().__init__(name, problem)
+        self.field = field
 
 
 class ProcessDiedError(ProcessError):

@@ -44,7 +44,8 @@ class Supervisor:
         self.on_death = on_death
         self._ready_timeout_s = ready_timeout_s
         self._children: list[Child] = []
-        self._problems: dict[Child, str] = {}  # last words of children that said why they end
+        self._problems: dict[Child, Failed] = {}  # last words of children that said why they end
+        self._stopped = False
         self._stop_timeout_s = 5.0
         self._wake_lock = threading.Lock()  # so that `stop` never writes to a descriptor closed meanwhile
         self._wake: tuple[int, int] | None = None
@@ -61,10 +62,13 @@ class Supervisor:
         """Start all children and wait until all are ready.
 
         Raises:
-            CannotStartError: one ended or fell silent before it was ready; all are gone then.
+            CannotStartError: one ended or fell silent before it was ready, or `stop` was called; all are gone then.
         """
-        self._wake = os.pipe()
-        self._thread.start()
+        with self._wake_lock:
+            if self._stopped:
+                raise CannotStartError("supervisor", "stopped while starting")
+            self._wake = os.pipe()
+            self._thread.start()
         try:
             self._settled.wait()
         except BaseException:  # Ctrl-C while loading
@@ -75,7 +79,8 @@ class Supervisor:
             raise self._error
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Stop the children: SIGTERM in order, SIGKILL for whoever is there after `timeout_s`. Idempotent.
+        """Stop the children: SIGTERM in order, SIGKILL for whoever is there after `timeout_s`. Idempotent, and for
+        good: a `start` that comes later raises.
 
         Does nothing in a forked child, which has the pipe that wakes the thread but not the thread.
         """
@@ -83,6 +88,7 @@ class Supervisor:
             return
         self._stop_timeout_s = timeout_s
         with self._wake_lock:
+            self._stopped = True
             if self._wake is not None:
                 os.write(self._wake[1], b"x")
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
@@ -143,14 +149,14 @@ class Supervisor:
                         self._on_progress(child.spec.name, report)
                 case Ready():
                     waiting.discard(child)
-                case Failed(problem=problem):
-                    self._problems[child] = problem
+                case Failed():
+                    self._problems[child] = report
         last_words = self._problems.get(child)
         if last_words is None and not ended:
             return True
-        self._error = CannotStartError(
-            child.spec.name, last_words or f"{child.describe_exit()} while starting"
-        )
+        if last_words is None:
+            last_words = Failed(f"{child.describe_exit()} while starting")
+        self._error = CannotStartError(child.spec.name, last_words.problem, last_words.field)
         return False
 
     def _watch(self, selector: selectors.BaseSelector) -> None:
@@ -162,10 +168,10 @@ class Supervisor:
                 ended = child.poll() is not None
                 for report in child.reports():
                     if isinstance(report, Failed):
-                        self._problems[child] = report.problem
+                        self._problems[child] = report
                 if ended:
                     words = [f"{child.spec.name} (pid {child.pid}) {child.describe_exit()}"]
-                    words += filter(None, [self._problems.get(child)])
+                    words += [report.problem for report in [self._problems.get(child)] if report is not None]
                     if self.on_death is not None:
                         self.on_death(": ".join(words))
                     for other in self._children:

@@ -73,7 +73,16 @@ class EngineError(TercetError):
 
 
 class StartupError(EngineError):
-    """A process of the engine ended, or gave no sign of being ready, while it was starting."""
+    """A process of the engine ended, or gave no sign of being ready, while it was starting.
+
+    Args:
+        problem: what happened, and to which process.
+        field: the engine argument whose value is the cause, where one is; "" otherwise.
+    """
+
+    def __init__(self, problem: str, field: str = "") -> None:
+        super().__init__(problem)
+        self.field = field
 
 
 class EngineDeadError(EngineError):

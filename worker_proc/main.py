@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from tercet import log
 from tercet.config import ProcessConfig
+from tercet.errors import ConfigError, TercetError
 from tercet.gc_pauses import GcPauses
 from tercet.ipc.child import ChildProcess, Failed, Ready
 from tercet.worker_proc.worker import Profiler, Runner, Worker, decode_config
@@ -25,6 +26,9 @@ def run_worker(
     log.configure(f"worker {config.rank}")
     try:
         runner = make_runner(config, child)
+    except (TercetError, OSError) as error:  # told by whoever started us, in one line
+        child.report(Failed(str(error), error.field if isinstance(error, ConfigError) else ""))
+        return 1
     except Exception as error:
         logger.exception("cannot start")
         child.report(Failed(f"{type(error).__name__}: {error}"))

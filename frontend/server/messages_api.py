@@ -15,6 +15,13 @@ from tercet.frontend.server.errors import ApiError, bad_request
 from tercet.frontend.server.generation import Generation, in_render_pool
 from tercet.frontend.server.parameters import RefusalTable, check_refused, decode
 from tercet.frontend.server.protocol import ChatRequest, TokenizeRequest
+from tercet.frontend.server.response_shapes import (
+    MessageBody,
+    MessagesError,
+    MessageText,
+    MessageUsage,
+    TokenCount,
+)
 from tercet.frontend.server.sse import StreamEnd, encode, named_event
 
 _NO_TOOLS: Final = "tools are not supported yet; leave it out"
@@ -93,7 +100,8 @@ _KINDS: Final = {
 def error_json(error: ApiError) -> bytes:
     """An error as Anthropic's clients know it."""
     kind = _KINDS.get(error.status, "api_error")
-    return encode({"type": "error", "error": {"type": kind, "message": error.body.message}})
+    body: MessagesError = {"type": "error", "error": {"type": kind, "message": error.body.message}}
+    return encode(body)
 
 
 class _MessagesEnd(StreamEnd):
@@ -116,7 +124,7 @@ async def create_message(call: Call) -> bytes | Events:
     with generation:
         (output,) = await generation.results()
     (completion,) = output.outputs
-    content = [{"type": "text", "text": completion.text}]
+    content: list[MessageText] = [{"type": "text", "text": completion.text}]
     reason, sequence = _stop_reason(completion)
     usage = _usage(output, len(completion.token_ids))
     return encode(_message(job, content, reason, sequence, usage))
@@ -129,7 +137,8 @@ async def count_tokens(call: Call) -> bytes:
     check_refused(request, REFUSED_MESSAGES)
     context.check_model(request.model)
     count = await in_render_pool(context, _count, context, TokenizeRequest(**_chat_fields(request)))
-    return encode({"input_tokens": count})
+    body: TokenCount = {"input_tokens": count}
+    return encode(body)
 
 
 def _count(context: ServerContext, request: TokenizeRequest) -> int:
@@ -171,7 +180,7 @@ def _stop_reason(completion: CompletionOutput) -> tuple[str | None, str | None]:
     return ("end_turn" if completion.finish_reason == "stop" else completion.finish_reason), None
 
 
-def _usage(output: RequestOutput, num_tokens: int) -> dict[str, int]:
+def _usage(output: RequestOutput, num_tokens: int) -> MessageUsage:
     cached = output.num_cached_tokens or 0
     return {
         "input_tokens": len(output.prompt_token_ids) - cached,
@@ -182,8 +191,8 @@ def _usage(output: RequestOutput, num_tokens: int) -> dict[str, int]:
 
 
 def _message(
-    job: ChatJob, content: list[Any], reason: str | None, sequence: str | None, usage: dict[str, int]
-) -> dict[str, Any]:
+    job: ChatJob, content: list[MessageText], reason: str | None, sequence: str | None, usage: MessageUsage
+) -> MessageBody:
     return {
         "id": job.name,
         "type": "message",

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from tercet.frontend.server.response_shapes import ResponseBody
+
 MAX_STORED: Final = 4096
 
 
@@ -14,12 +16,12 @@ MAX_STORED: Final = 4096
 class StoredResponse:
     """
     Attributes:
-        response: as it is now, of JSON types.
+        response: as it is now.
         messages: the conversation up to and with its output, as chat messages.
         task: computes it, where it is computed in the background.
     """
 
-    response: dict[str, Any]
+    response: ResponseBody
     messages: list[dict[str, Any]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
 

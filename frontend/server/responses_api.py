@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -21,6 +21,7 @@ from tercet.frontend.server.generation import Generation
 from tercet.frontend.server.logprobs import chat_logprobs
 from tercet.frontend.server.parameters import REFUSED, RefusalTable, check_refused, decode
 from tercet.frontend.server.protocol import ChatRequest
+from tercet.frontend.server.response_shapes import OutputMessage, OutputText, ResponseBody
 from tercet.frontend.server.response_store import StoredResponse
 from tercet.frontend.server.responses import Usage
 from tercet.frontend.server.sse import StreamEnd, encode, named_event
@@ -234,10 +235,10 @@ class _Answer:
         self.messages = messages
         self.item_id = f"msg_{job.name.removeprefix('resp_')}"
 
-    def state(self, status: str, **fields: Any) -> dict[str, Any]:
+    def state(self, status: str, **fields: Any) -> ResponseBody:
         """The response with a status; what there is not yet is null."""
         request, params = self.request, self.job.params
-        return {
+        body: ResponseBody = {
             "id": self.job.name,
             "object": "response",
             "created_at": self.job.created_s,
@@ -262,10 +263,10 @@ class _Answer:
             "text": {"format": {"type": "text"}},
             "truncation": "disabled",
             "service_tier": "default",
-            **fields,
         }
+        return cast(ResponseBody, {**body, **fields})
 
-    def item(self, status: str, content: list[Any]) -> dict[str, Any]:
+    def item(self, status: str, content: list[OutputText]) -> OutputMessage:
         return {
             "id": self.item_id,
             "type": "message",
@@ -274,7 +275,7 @@ class _Answer:
             "content": content,
         }
 
-    def part(self, text: str, logprobs: list[Any]) -> dict[str, Any]:
+    def part(self, text: str, logprobs: list[Any]) -> OutputText:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
     def logprobs(self, completion: CompletionOutput) -> list[Any]:
@@ -285,13 +286,13 @@ class _Answer:
         )
         return list(msgspec.to_builtins(found.content))
 
-    def finished(self, output: RequestOutput) -> dict[str, Any]:
+    def finished(self, output: RequestOutput) -> ResponseBody:
         """The response to a whole output."""
         (completion,) = output.outputs
         usage = usage_of([output], len(completion.token_ids))
         return self.ended(completion.text, self.logprobs(completion), completion.finish_reason, usage)
 
-    def ended(self, text: str, logprobs: list[Any], reason: str | None, usage: Usage) -> dict[str, Any]:
+    def ended(self, text: str, logprobs: list[Any], reason: str | None, usage: Usage) -> ResponseBody:
         status = {"stop": "completed", "length": "incomplete"}.get(reason or "", "cancelled")
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         item = self.item("completed" if status == "completed" else "incomplete", [self.part(text, logprobs)])
@@ -312,7 +313,7 @@ class _Answer:
         )
 
 
-def _keep(context: ServerContext, answer: _Answer, response: dict[str, Any]) -> None:
+def _keep(context: ServerContext, answer: _Answer, response: ResponseBody) -> None:
     if context.responses is not None:
         text = "".join(part["text"] for item in response["output"] for part in item["content"])
         messages = [*answer.messages, {"role": "assistant", "content": text}]
@@ -366,7 +367,7 @@ def _opening(event: Any, answer: _Answer, place: dict[str, Any]) -> list[bytes]:
     ]
 
 
-def _closing(event: Any, answer: _Answer, place: dict[str, Any], response: dict[str, Any]) -> list[bytes]:
+def _closing(event: Any, answer: _Answer, place: dict[str, Any], response: ResponseBody) -> list[bytes]:
     (item,) = response["output"]
     (part,) = item["content"]
     return [
@@ -432,7 +433,7 @@ def stored_response(context: ServerContext, response_id: str) -> StoredResponse:
     return stored
 
 
-async def cancel_response(context: ServerContext, response_id: str) -> dict[str, Any]:
+async def cancel_response(context: ServerContext, response_id: str) -> ResponseBody:
     """Stop a response that is computed in the background; one that has ended stays as it is.
 
     Raises:

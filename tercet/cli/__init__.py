@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from tercet.cli import bench, chat, complete, engine, environment, models, run_batch, serve
-from tercet.errors import ConfigError, TercetError, ValidationError
+from tercet.errors import ConfigError, StartupError, TercetError, ValidationError
 from tercet.utils.argparse_utils import FlexibleArgumentParser
 from tercet.version import __version__
 
@@ -79,18 +79,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except (ConfigError, ValidationError) as error:
         return _fail(error, _BAD_ARGUMENTS)
+    except StartupError as error:
+        return _fail(error, _BAD_ARGUMENTS if error.field else _FAILED)
     except TercetError as error:
         return _fail(error, _FAILED)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return _FAILED
+    except OSError as error:  # no space left for our output, no permission, …
+        _give_up_stdout()
+        return _fail(error, _FAILED)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(error: TercetError, code: int) -> int:
+def _give_up_stdout() -> None:
+    """Where it cannot take what is still to be written: else the interpreter would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(error: Exception, code: int) -> int:
     words = " ".join(str(error).split())  # on one line, whatever it quotes
     print(f"tercet: error: {words}", file=sys.stderr)
     return code

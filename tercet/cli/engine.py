@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
         help="run an engine alone, for frontends to connect to",
         description="Run an engine alone. Once it is ready its socket exists and its address is printed; "
         "frontends then attach with AsyncLLM.connect(ADDRESS) or `tercet chat --connect ADDRESS`. SIGINT "
-        "(Ctrl-C) or SIGTERM ends it in order, a second one at once.",
+        "(Ctrl-C), SIGTERM, SIGHUP or SIGQUIT ends it in order, a second one at once.",
     )
     parser.add_argument(
         "model",
@@ -84,8 +84,9 @@ class _Stopped(BaseException):
 
 
 class _Signals:
-    """SIGINT and SIGTERM, while entered. The first asks to stop; a second ends this process at once, and the
-    engine's processes by that, for they see that their parent is gone.
+    """SIGINT, SIGTERM, SIGHUP and SIGQUIT, while entered. The first asks to stop; a second ends this process at
+    once, and the engine's processes by that, for they see that their parent is gone. What is ignored stays so, as
+    SIGHUP does under nohup.
 
     `events` gets None for the first signal, and is where a death's words may be put.
     """
@@ -97,8 +98,9 @@ class _Signals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,9 +109,13 @@ class _Signals:
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Within, the first signal also raises _Stopped, to end a wait for something else."""
+        """Within, the first signal also raises _Stopped, to end a wait for something else; on entering, where it
+        has come before.
+        """
         self._raise = True
         try:
+            if self._asked:
+                raise _Stopped
             yield
         finally:
             self._raise = False

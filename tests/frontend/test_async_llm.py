@@ -202,6 +202,9 @@ def test_abort_ends_the_stream_with_what_there_is(run: Run) -> None:
             core.send(step_outputs({handle: ids_of("x") for handle in handles}))
             for stream in streams:
                 assert not (await stream.get()).finished
+            for wrong in (None, 5, ["a", 5], b"a"):
+                with pytest.raises(ValidationError, match="request_id: must be a request id or a list"):
+                    await engine.abort(wrong)  # type: ignore[arg-type]
             await engine.abort(["a", "b", "unknown"])
             for stream in streams:
                 output = await stream.get()

@@ -82,6 +82,8 @@ def test_the_longest_prompt_leaves_room_for_one_token() -> None:
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
         ({"allowed_token_ids": [0, VOCAB_SIZE]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [EOS], "min_tokens": 3}, "allowed_token_ids"),
+        ({"allowed_token_ids": [EOS, 9], "stop_token_ids": [9], "min_tokens": 1}, "allowed_token_ids"),
         ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
         ({"bad_words": [f"word{i}" for i in range(100)]}, "bad_words"),
     ],

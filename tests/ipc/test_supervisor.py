@@ -160,6 +160,14 @@ def test_stop_during_the_start_ends_it(supervise: Callable[..., Supervisor]) -> 
     timer.join()
 
 
+def test_stop_before_the_start_starts_nothing(supervise: Callable[..., Supervisor]) -> None:
+    supervisor = supervise("stuck")
+    supervisor.stop()
+    with pytest.raises(CannotStartError, match="stopped while starting"):
+        supervisor.start()
+    assert not supervisor.pids
+
+
 def test_stop_from_on_death_does_not_deadlock(supervise: Callable[..., Supervisor]) -> None:
     supervisor = supervise("ready nap exit-3", "ready stuck")
     done = threading.Event()

@@ -60,8 +60,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        ([], 2, "name a command: chat, complete, engine"),
-        (["serve"], 2, "invalid choice: 'serve'"),
+        ([], 2, "name a command: serve, chat, complete, engine"),
+        (["server"], 2, "invalid choice: 'server'"),
         (["chat", "--temp", "1"], 2, "unrecognized arguments"),
         (["chat", "--top-k", "many"], 2, "argument --top-k"),
         (["chat", "--prompt", "hi", "--temperature", "3"], 2, "temperature: must be in [0, 2]"),

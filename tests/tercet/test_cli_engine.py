@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from tercet import AsyncLLM, SamplingParams, TokensPrompt
+import tercet
+from tercet import AsyncLLM, EngineArgs, SamplingParams, StartupError, TokensPrompt, __main__
+from tercet.cli.engine import _Signals, _Stopped
+from tercet.frontend.launcher import EngineProcesses
 from tercet.frontend.tokenizer import Tokenizer, load_bundle
 from tercet.worker_proc.simulated_runner import expected_tokens
 from tests.tercet import cli_tools
@@ -208,7 +214,7 @@ def test_terminal_shows_the_start(folder: Path) -> None:
 
 def test_engine_serves_at_its_address_and_ends_with_a_signal(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "socket"
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         with cli_tools.engine("--address", f"ipc://{path}", *simulated_flags(folder)) as (process, address):
             assert address == f"ipc://{path}"
             assert stat.S_ISSOCK(path.stat().st_mode)
@@ -248,6 +254,85 @@ def test_signal_while_starting_ends_in_order(folder: Path) -> None:
     assert code == 0, stderr
     assert "Traceback" not in stderr
     wait_gone(family)
+
+
+def test_signal_before_the_start_keeps_it_from_beginning() -> None:
+    with _Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.events.get(timeout=DEADLINE_S) is None
+        with pytest.raises(_Stopped), signals.raised():
+            pytest.fail("the start has begun")
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.05, 0.1, 0.2, 0.4])
+def test_interrupt_at_any_moment_of_the_start_is_silent(delay_s: float, folder: Path) -> None:
+    process = subprocess.Popen(
+        [*TERCET, "engine", *simulated_flags(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + DEADLINE_S
+    while "msgspec" not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < deadline:
+        pass  # Python itself is starting
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode in (0, 130), stderr
+    assert "Traceback" not in stderr
+
+
+def test_interrupt_of_the_imports_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str, *_: object) -> None:
+        if name == "tercet.cli":
+            raise KeyboardInterrupt
+
+    finder = SimpleNamespace(find_spec=interrupt)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "tercet.cli")
+    monkeypatch.delattr(tercet, "cli")
+    assert __main__.main() == 130
+
+
+def test_ignored_hangup_stays_ignored(folder: Path) -> None:
+    command = f"trap '' HUP; exec {shlex.join([*TERCET, 'engine', *simulated_flags(folder)])}"
+    with subprocess.Popen(
+        ["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ipc://")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert process.poll() is None
+        assert stop(process, signal.SIGTERM)[0] == 0
+
+
+def test_stopped_processes_do_not_start(folder: Path) -> None:
+    processes = EngineProcesses(EngineArgs(device="simulated").create_engine_config())
+    processes.stop()
+    with pytest.raises(StartupError, match="stopped while starting"):
+        processes.start()
+    assert not processes.pids
+
+
+def test_full_disk_is_one_line(address: str) -> None:
+    with open("/dev/full", "w") as full:
+        command = [*TERCET, "complete", "words", "--max-tokens", "4", "--connect", address]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=DEADLINE_S
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("tercet: error: ") and "No space left" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_too_small_a_cache_is_an_error_of_the_arguments(folder: Path) -> None:
+    simulation = ["--device", "simulated", "--max-model-len", "8192", "--simulation", '{"num_blocks": 10}']
+    done = cli_tools.run("engine", *simulation)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("tercet: error: core: the KV cache holds ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_second_signal_is_immediate(folder: Path) -> None:

@@ -129,11 +129,11 @@ class ConfigReader:
 
     def activation(self, key: str) -> str:
         value = self._value(key, "silu")
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise UnsupportedModelError(
                 f"config.json: {key} {value!r} is not one of {', '.join(ACTIVATIONS)}"
             )
-        return ACTIVATIONS[str(value)]
+        return ACTIVATIONS[value]
 
     def head_dim(self) -> int:
         """Given, or hidden_size / num_attention_heads."""
@@ -143,7 +143,9 @@ class ConfigReader:
         value = self.config.get("layer_types")
         if value is None:
             return default
-        if not isinstance(value, list) or not set(value) <= {FULL_ATTENTION, SLIDING_ATTENTION}:
+        if not isinstance(value, list) or any(
+            kind not in (FULL_ATTENTION, SLIDING_ATTENTION) for kind in value
+        ):
             raise UnsupportedModelError(
                 f"config.json: layer_types must list {FULL_ATTENTION!r} and {SLIDING_ATTENTION!r} only"
             )

@@ -15,6 +15,10 @@ from tercet.frontend.server.reply import json_response
 from tercet.version import __version__
 
 
+class Version(msgspec.Struct):
+    version: str
+
+
 class ServerInfo(msgspec.Struct):
     """What the server runs and within which limits; nothing of where it runs."""
 
@@ -27,7 +31,7 @@ class ServerInfo(msgspec.Struct):
 
 def routes(context: ServerContext) -> list[BaseRoute]:
     async def version(_: Request) -> Response:
-        return json_response({"version": __version__})
+        return json_response(Version(__version__))
 
     async def server_info(_: Request) -> Response:
         engine, settings = context.engine, context.settings

@@ -9,6 +9,7 @@ from starlette.routing import BaseRoute, Route
 from tercet.frontend.server.call import GenerationEndpoint
 from tercet.frontend.server.context import ServerContext
 from tercet.frontend.server.reply import json_response
+from tercet.frontend.server.response_shapes import DeletedResponse
 from tercet.frontend.server.responses_api import cancel_response, create_response, stored_response
 
 
@@ -20,7 +21,8 @@ def routes(context: ServerContext) -> list[BaseRoute]:
         response_id = request.path_params["response_id"]
         stored_response(context, response_id)
         deleted = context.responses is not None and context.responses.delete(response_id)
-        return json_response({"id": response_id, "object": "response", "deleted": deleted})
+        body: DeletedResponse = {"id": response_id, "object": "response", "deleted": deleted}
+        return json_response(body)
 
     async def cancel(request: Request) -> Response:
         return json_response(await cancel_response(context, request.path_params["response_id"]))
