@@ -35,15 +35,7 @@ def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-@silu_and_mul.implementation(TRITON, supports=on_cuda)
-def _silu_and_mul_triton(gate_up: Tensor) -> Tensor:
-    from tercet.ops import triton_rows
-
-    return triton_rows.silu_and_mul(gate_up)
+silu_and_mul.kernel(TRITON, "tercet.ops.triton_rows", supports=on_cuda)
 
 
-@gelu_tanh_and_mul.implementation(TRITON, supports=on_cuda)
-def _gelu_tanh_and_mul_triton(gate_up: Tensor) -> Tensor:
-    from tercet.ops import triton_rows
-
-    return triton_rows.gelu_tanh_and_mul(gate_up)
+gelu_tanh_and_mul.kernel(TRITON, "tercet.ops.triton_rows", supports=on_cuda)

@@ -155,30 +155,7 @@ def _scaled(out_THD: Tensor, v_scale: float) -> Tensor:
     return out_THD if v_scale == 1.0 else out_THD * v_scale
 
 
-@paged_attention.implementation(TRITON, supports=on_cuda)
-def _paged_attention_triton(
-    q_THD: Tensor,
-    kv_cache: Tensor,
-    meta: AttentionMetadata,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-) -> Tensor:
-    from tercet.ops import triton_attention
-
-    return triton_attention.paged_attention(
-        q_THD,
-        kv_cache,
-        meta,
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+paged_attention.kernel(TRITON, "tercet.ops.triton_attention", supports=on_cuda)
 
 
 def _decode(

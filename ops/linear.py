@@ -89,7 +89,7 @@ def add_rms_norm_gated_linear(
 def _linear_triton(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     config = choose("linear", x, weight_OD)
     if config is None:
-        return F.linear(x, weight_OD, bias_O)
+        return linear.reference(x, weight_OD, bias_O)
     from tercet.ops import triton_linear
 
     return triton_linear.linear(config, x, weight_OD, bias_O)
@@ -101,7 +101,7 @@ def _gated_linear_triton(
 ) -> Tensor:
     config = choose("gated", x, gate_up_weight)
     if config is None:
-        return GATED_ACTIVATIONS[activation](linear(x, gate_up_weight, bias))
+        return gated_linear.reference(x, gate_up_weight, bias, activation)
     from tercet.ops import triton_linear
 
     return triton_linear.linear(config, x, gate_up_weight, bias, activation=activation)
@@ -113,8 +113,7 @@ def _add_rms_norm_linear_triton(
 ) -> tuple[Tensor, Tensor]:
     config = choose("norm_linear", x, weight_OD)
     if config is None:
-        normed, total = add_rms_norm(x, *norm)
-        return linear(normed, weight_OD, bias_O), total
+        return add_rms_norm_linear.reference(x, norm, weight_OD, bias_O)
     from tercet.ops import triton_linear
 
     return triton_linear.add_rms_norm_linear(config, x, norm, weight_OD, bias_O)
@@ -130,8 +129,7 @@ def _add_rms_norm_gated_linear_triton(
 ) -> tuple[Tensor, Tensor]:
     config = choose("norm_gated", x, gate_up_weight)
     if config is None:
-        normed, total = add_rms_norm(x, *norm)
-        return gated_linear(normed, gate_up_weight, bias, activation), total
+        return add_rms_norm_gated_linear.reference(x, norm, gate_up_weight, bias, activation)
     from tercet.ops import triton_linear
 
     return triton_linear.add_rms_norm_linear(config, x, norm, gate_up_weight, bias, activation=activation)

@@ -60,11 +60,7 @@ def logsumexp_and_rank(logits_TV: Tensor, chosen_logit_T: Tensor) -> tuple[Tenso
     return logits_TV.logsumexp(dim=-1), rank_T
 
 
-@logsumexp_and_rank.implementation(TRITON, supports=on_cuda)
-def _logsumexp_and_rank_triton(logits_TV: Tensor, chosen_logit_T: Tensor) -> tuple[Tensor, Tensor]:
-    from tercet.ops import triton_rows
-
-    return triton_rows.logsumexp_and_rank(logits_TV, chosen_logit_T)
+logsumexp_and_rank.kernel(TRITON, "tercet.ops.triton_rows", supports=on_cuda)
 
 
 def compute_prompt_logprobs(logits_TV: Tensor, target_ids_T: Tensor, k: int) -> LogprobColumns:

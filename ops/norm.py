@@ -41,17 +41,7 @@ def add_rms_norm(
     return rms_norm(total, weight_D, eps, weight_offset), total
 
 
-@rms_norm.implementation(TRITON, supports=on_cuda)
-def _rms_norm_triton(x: Tensor, weight_D: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
-    from tercet.ops import triton_rows
-
-    return triton_rows.rms_norm(x, weight_D, eps, weight_offset)
+rms_norm.kernel(TRITON, "tercet.ops.triton_rows", supports=on_cuda)
 
 
-@add_rms_norm.implementation(TRITON, supports=on_cuda)
-def _add_rms_norm_triton(
-    x: Tensor, residual: Tensor, weight_D: Tensor, eps: float, weight_offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    from tercet.ops import triton_rows
-
-    return triton_rows.add_rms_norm(x, residual, weight_D, eps, weight_offset)
+add_rms_norm.kernel(TRITON, "tercet.ops.triton_rows", supports=on_cuda)

@@ -1,10 +1,9 @@
 """Which implementation of an operation runs: by device and dtype, or as TERCET_OPS says.
 
 Each operation lives in a file of its own: the plain-torch reference, the kernels beside it, and one
-`Operation` that callers call. A kernel registers itself with the devices and dtypes it serves:
+`Operation` that callers call. A kernel is registered with the devices and dtypes it serves:
 
-    @paged_attention.implementation("triton", supports=on_cuda)
-    def _paged_attention_triton(...): ...
+    paged_attention.kernel("triton", "tercet.ops.triton_attention", supports=on_cuda)
 
 Implementations registered later come first. TERCET_OPS overrides the choice: `reference` for every operation,
 or a list such as `paged_attention=reference,rms_norm=triton`. The choice is made at the first call for a
@@ -13,6 +12,8 @@ device and dtype and kept, so that a step pays one dictionary look-up for an ope
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -69,6 +70,23 @@ class Operation(Generic[P, R]):
             return function
 
         return add
+
+    def kernel(self, name: str, module: str, *, supports: Supports) -> None:
+        """Register the function of this operation's name in `module`, which is imported at the first call."""
+
+        @functools.cache
+        def load() -> Callable[P, R]:
+            return cast("Callable[P, R]", getattr(importlib.import_module(module), self.name))
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            return load()(*args, **kwargs)
+
+        self.implementation(name, supports=supports)(run)
+
+    @property
+    def reference(self) -> Callable[P, R]:
+        """The plain-torch implementation."""
+        return self._implementations[REFERENCE][0]
 
     def select(self, device: torch.device, dtype: torch.dtype) -> Callable[P, R]:
         """The implementation for a device and dtype.

@@ -59,31 +59,4 @@ def rope_and_write_kv(
     return q_THD
 
 
-@rope_and_write_kv.implementation(TRITON, supports=on_cuda)
-def _rope_and_write_kv_triton(
-    qkv_THD: Tensor,
-    cos_TR: Tensor,
-    sin_TR: Tensor,
-    kv_cache: Tensor,
-    slot_mapping_T: Tensor,
-    *,
-    qk_norm: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0,
-    weight_offset: float = 0.0,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-) -> Tensor:
-    from tercet.ops import triton_rows
-
-    return triton_rows.rope_and_write_kv(
-        qkv_THD,
-        cos_TR,
-        sin_TR,
-        kv_cache,
-        slot_mapping_T,
-        qk_norm=qk_norm,
-        eps=eps,
-        weight_offset=weight_offset,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+rope_and_write_kv.kernel(TRITON, "tercet.ops.triton_rows", supports=on_cuda)

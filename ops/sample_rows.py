@@ -185,30 +185,7 @@ def sample_rows(
         tables.seen[row_b[counted_b], token_b[counted_b].long()] += 2
 
 
-@sample_rows.implementation(TRITON, supports=on_cuda)
-def _sample_rows_triton(
-    logits_SV: Tensor,
-    row_S: Tensor,
-    tables: SamplingTables,
-    history: RowHistory,
-    out_3S: Tensor,
-    *,
-    variant: Variant,
-    max_model_len: int,
-    logit_soft_cap: float | None = None,
-) -> None:
-    from tercet.ops import triton_sampling
-
-    triton_sampling.sample_rows(
-        logits_SV,
-        row_S,
-        tables,
-        history,
-        out_3S,
-        variant=variant,
-        max_model_len=max_model_len,
-        logit_soft_cap=logit_soft_cap,
-    )
+sample_rows.kernel(TRITON, "tercet.ops.triton_sampling", supports=on_cuda)
 
 
 def _has(wholes_b: Tensor, feature: RowFeature) -> Tensor:

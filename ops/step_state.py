@@ -145,19 +145,7 @@ def prepare_step(
     assert tokens <= num_tokens
 
 
-@prepare_step.implementation(TRITON, supports=on_any_cuda)
-def _prepare_step_triton(
-    buffer: Tensor,
-    layout: StepBuffer,
-    rows: RowTensors,
-    step: StepTensors,
-    *,
-    block_size: int,
-    num_tokens: int,
-) -> None:
-    from tercet.ops import triton_step
-
-    triton_step.prepare_step(buffer, layout, rows, step, block_size=block_size, num_tokens=num_tokens)
+prepare_step.kernel(TRITON, "tercet.ops.triton_step", supports=on_any_cuda)
 
 
 def _aligned(count: int) -> int:

@@ -19,10 +19,6 @@ class GcPauses:
     def install(self) -> None:
         gc.callbacks.append(self._on_gc)
 
-    def uninstall(self) -> None:
-        if self._on_gc in gc.callbacks:
-            gc.callbacks.remove(self._on_gc)
-
     def take(self) -> list[float]:
         """Pauses since the last call, seconds each."""
         if not self._pauses:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-# Steps with chunks are captured up to this many tokens: beyond, the device works longer than the host launches.
+# Steps with chunks are captured up to this many tokens; each size costs time and memory at the start.
 MAX_MIXED_TOKENS = 2048
 # ... and this many chunks, which bounds the programs that find nothing to do.
 MAX_MIXED_CHUNKS = 64
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """Sizes of decode steps: at most an eighth of padding from 64 lines on, and `largest` itself."""
+    """Sizes of decode steps: at most a fifth of a step is padding from 65 lines on; `largest` is the last."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, largest, 64)]
     return [size for size in sizes if size < largest] + [largest]
 

@@ -45,7 +45,6 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         served_model_names: in place of the engine's.
         chat_template: Jinja source, in place of the model's.
         trust_request_chat_template: take a `chat_template` from requests.
-        enable_admin_routes: make the admin application (`app.create_admin_app`) as well.
         request_timeout_s: longest life of a request; 0 is without end.
         sse_keep_alive_s: a comment is sent on a stream that was silent for so long; 0 is never.
         enable_force_include_usage: streams end with their usage even if not asked to.
@@ -58,7 +57,6 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     served_model_names: tuple[str, ...] = ()
     chat_template: str | None = None
     trust_request_chat_template: bool = False
-    enable_admin_routes: bool = False
     request_timeout_s: float = 0.0
     sse_keep_alive_s: float = 0.0
     enable_force_include_usage: bool = False

@@ -43,7 +43,6 @@ def server_settings(options: dict[str, Any]) -> ServerSettings:
             options,
             "trust_request_chat_template",
             "enable_force_include_usage",
-            "enable_admin_routes",
             "enable_responses_store",
             "root_path",
         ),

@@ -82,17 +82,22 @@ class Batch:
     def run(self, **arguments: Any) -> Tensor:
         return ops.paged_attention(self.q_THD, self.kv_cache, self.meta, **arguments)
 
-    def expected(
-        self, scale: float, sliding_window: int | None = None, soft_cap: float | None = None
-    ) -> Tensor:
-        rows, token = [], 0
-        for (k, v), query_len, length in zip(self.keys_values, self.query_lens, self.seq_lens, strict=True):
-            for i in range(query_len):
-                end = length - query_len + i + 1
-                first = 0 if sliding_window is None else max(0, end - sliding_window)
-                rows.append(expected_row(self.q_THD[token], k[first:end], v[first:end], scale, soft_cap))
-                token += 1
-        return torch.stack(rows)
+    def expected(self, scale: float, *masks: Any, **named: Any) -> Tensor:
+        return expected_output(self, scale, *masks, **named)
+
+
+def expected_output(
+    batch: Any, scale: float, sliding_window: int | None = None, soft_cap: float | None = None
+) -> Tensor:
+    """Every token of a batch by itself: [T, H, D]."""
+    rows, token = [], 0
+    for (k, v), query_len, length in zip(batch.keys_values, batch.query_lens, batch.seq_lens, strict=True):
+        for i in range(query_len):
+            end = length - query_len + i + 1
+            first = 0 if sliding_window is None else max(0, end - sliding_window)
+            rows.append(expected_row(batch.q_THD[token], k[first:end], v[first:end], scale, soft_cap))
+            token += 1
+    return torch.stack(rows)
 
 
 BATCHES: dict[str, dict[str, Any]] = {

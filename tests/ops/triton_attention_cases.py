@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tercet.ops import AttentionMetadata, invariance, triton_attention, write_kv
 from tercet.ops.triton_attention import Tiles
-from tests.ops.test_attention import expected_row
+from tests.ops.test_attention import expected_output
 from tests.ops.triton_harness import DEVICE, DTYPES, INTERPRETED, MARKS, assert_close, poison, randn, seed
 
 __all__ = ["poison", "seed"]  # fixtures
@@ -113,17 +113,8 @@ class Batch:
     def run(self, **arguments: Any) -> Tensor:
         return triton_attention.paged_attention(self.q_THD, self.kv_cache, self.meta, **arguments)
 
-    def expected(
-        self, scale: float, sliding_window: int | None = None, soft_cap: float | None = None
-    ) -> Tensor:
-        rows, token = [], 0
-        for (k, v), query_len, length in zip(self.keys_values, self.query_lens, self.seq_lens, strict=True):
-            for i in range(query_len):
-                end = length - query_len + i + 1
-                first = 0 if sliding_window is None else max(0, end - sliding_window)
-                rows.append(expected_row(self.q_THD[token], k[first:end], v[first:end], scale, soft_cap))
-                token += 1
-        return torch.stack(rows)
+    def expected(self, scale: float, *masks: Any, **named: Any) -> Tensor:
+        return expected_output(self, scale, *masks, **named)
 
 
 BATCHES: dict[str, dict[str, Any]] = {
